@@ -1,0 +1,100 @@
+"""Attention in the three shapes that decoding has, and the log-sum-exp merge that joins pieces.
+
+Every function takes queries ``[B, H, n, D]`` **already scaled** by ``1 / sqrt(D)`` and keys and values
+``[B, H_kv, T, D]`` with ``H`` a multiple of ``H_kv``. The ``H / H_kv`` query heads that share one KV
+head are stacked into one matrix product, so a key is read once for all of them and never copied.
+
+* :func:`few_queries`: a step or a verification, 1 to 64 queries over a long cache. The causal mask
+  touches only the last columns, those of the queries themselves; the long prefix has no mask.
+* :func:`many_queries`: a piece of the prompt. The prefix (no mask) and the piece itself (causal) are
+  attended separately and merged by log-sum-exp, so no ``n x T`` matrix is ever stored.
+* :func:`causal_attention`: no cache at all (training, references).
+
+The merge is the identity behind FlashDecoding (arXiv 2205.14135): with ``o_i`` the softmax-weighted
+mean over part ``i`` and ``lse_i`` its log normaliser, the mean over both parts is
+``sum_i o_i exp(lse_i) / sum_i exp(lse_i)``.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+FEW = 64  # queries up to this many take the masked-matrix path
+ALIGN = 64
+"""Caches hand out entries up to a multiple of this, the surplus masked. A sum over keys is then cut
+into the same blocks for one query as for five, so in bfloat16 on CPU a verified row is bit for bit
+the row of a plain step (tested), and near-ties cannot make the two disagree."""
+
+
+def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+    """A few queries over a long cache, ``[B, H, n, D]``; bytes read: the keys and values, once.
+
+    Query ``i`` stands at entry ``start + i`` and sees the entries up to itself. ``k`` and ``v`` may
+    reach further (to a multiple of :data:`ALIGN`): the rest is masked.
+    """
+    batch, heads, n, dim = q.shape
+    kv_heads, length = k.shape[1], k.shape[2]
+    grouped = q.reshape(batch, kv_heads, -1, dim)  # [B, H_kv, g * n, D]
+    scores = grouped @ k.transpose(-1, -2)  # [B, H_kv, g * n, T]
+    if length > start + 1:
+        columns = torch.arange(length - start, device=q.device)
+        tail = scores.view(batch, kv_heads, -1, n, length)[..., start:]
+        tail.masked_fill_(columns > columns[:n, None], float("-inf"))
+    return (torch.softmax(scores, -1) @ v).view(batch, heads, n, dim)
+
+
+def many_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A piece of the prompt over everything before it and, causally, itself: ``[B, H, n, D]``."""
+    batch, heads, n, dim = q.shape
+    kv_heads, prefix = k.shape[1], k.shape[2] - n
+    if q.device.type != "cpu":
+        from torch.nn.attention.bias import causal_lower_right
+
+        bias = causal_lower_right(n, k.shape[2])
+        return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0, enable_gqa=True)
+    own = [t[:, :, prefix:].repeat_interleave(heads // kv_heads, 1) for t in (k, v)]
+    out, lse = _flash_cpu(q, *own, causal=True)
+    if not prefix:
+        return out
+    grouped = q.reshape(batch, kv_heads, -1, dim)
+    before, before_lse = _flash_cpu(grouped, k[:, :, :prefix], v[:, :, :prefix], causal=False)
+    return merge(out, lse, before.reshape(q.shape), before_lse.reshape(lse.shape))
+
+
+def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:
+    """Join attention over two disjoint sets of keys: outputs ``[..., n, D]``, normalisers ``[..., n]``."""
+    weight_b = torch.sigmoid(lse_b - lse_a)[..., None].to(out_a.dtype)
+    return out_a + weight_b * (out_b - out_a)
+
+
+def _flash_cpu(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> tuple[Tensor, Tensor]:
+    """PyTorch's blocked CPU kernel, the one behind SDPA, called for its normaliser too."""
+    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    k = k if k.stride(-1) == 1 else k.contiguous()
+    v = v if v.stride(-1) == 1 else v.contiguous()
+    return flash(q, k, v, is_causal=causal, scale=1.0)
+
+
+def causal_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Plain causal attention without a cache, differentiable: ``[B, H, n, D]``."""
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=1.0, enable_gqa=True)
+
+
+def attention_weights(q: Tensor, k: Tensor, positions: Tensor | None = None) -> Tensor:
+    """Softmax weights in float32 for policies and figures, ``[B, H_kv, g, n, T]``.
+
+    Parameters
+    ----------
+    positions
+        Position of each query ``[n]``; keys after it are masked. ``None``: every key is visible.
+    """
+    batch, _, n, dim = q.shape
+    kv_heads, length = k.shape[1], k.shape[2]
+    grouped = q.reshape(batch, kv_heads, -1, dim)
+    scores = (grouped @ k.transpose(-1, -2)).float().view(batch, kv_heads, -1, n, length)
+    if positions is not None:
+        future = torch.arange(length, device=q.device) > positions[:, None]
+        scores = scores.masked_fill(future, float("-inf"))
+    return torch.softmax(scores, -1)

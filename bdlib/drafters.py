@@ -1,0 +1,291 @@
+"""Who proposes: the target itself on a sparse cache, n-gram lookup, or a second model.
+
+A drafter is driven by :func:`bdlib.decoding.decode`: ``start`` once, then each round ``propose`` and
+``commit``. It never decides what is emitted, so nothing it does can change the output's distribution,
+only its speed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bdlib.cache import KVCache, SparseKVCache
+from bdlib.sampling import Sampling
+from bdlib.selection import Policy
+from bdlib.transformer import Decoder
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """Drafted token ids ``[n]`` and the distributions ``[n, V]`` they were drawn from.
+
+    ``probs`` is ``None`` when the drafter was certain (a point mass on each token).
+    """
+
+    tokens: Tensor
+    probs: Tensor | None = None
+
+
+class Drafter(ABC):
+    """What :func:`bdlib.decoding.decode` needs of a drafter."""
+
+    name: str
+    observe: Policy | None = None
+    """The policy whose queries the *target's* cache must log for this drafter."""
+
+    @abstractmethod
+    def start(self, prompt: Tensor, cache: KVCache, capacity: int) -> None:
+        """Take in a prompt ``[T]``; the target's ``cache`` holds all of it but the last token.
+
+        ``capacity`` is the longest sequence, in tokens, that decoding may reach.
+        """
+
+    @abstractmethod
+    def propose(
+        self, last: int, n: int, sampling: Sampling, generator: torch.Generator | None
+    ) -> Proposal:
+        """Draft up to ``n`` tokens that follow ``last``, the newest emitted token."""
+
+    @abstractmethod
+    def commit(self, emitted: list[int], accepted: int) -> None:
+        """Learn what was emitted after the last proposal (its first ``accepted`` tokens were ours)."""
+
+    def select(self, rounds: int) -> None:  # noqa: B027 (most drafters have nothing to choose)
+        """Choose cache entries anew if it is time to; called before each round's draft."""
+
+    @property
+    def kv_entries(self) -> int:
+        """Most entries held so far, per layer and KV head."""
+        return 0
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values allocated for the drafter alone."""
+        return 0
+
+
+def _check_refresh(refresh: int | None) -> None:
+    if refresh is not None and refresh < 1:
+        raise ValueError(f"refresh {refresh} must be None (select once) or at least 1 round")
+
+
+def _draft(
+    model: Decoder,
+    cache: KVCache | SparseKVCache,
+    pending: list[int],
+    n: int,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> Proposal:
+    """Run ``model`` token by token for ``n`` drafts, after taking in the ``pending`` tokens."""
+    step = min(len(pending), getattr(cache, "budget", len(pending)))
+    tokens = torch.tensor([pending], device=model.device)
+    for first in range(0, len(pending), step):
+        logits = model(tokens[:, first : first + step], cache, last_only=True)[:, 0]
+    drafted, probs = [], []
+    for i in range(n):
+        token, row = sampling.draw(logits, generator)
+        drafted.append(token)
+        probs.append(row)
+        if i + 1 < n:
+            logits = model(token[:, None], cache, last_only=True)[:, 0]
+    return Proposal(torch.cat(drafted), None if sampling.greedy else torch.cat(probs))
+
+
+class SelfDrafter(Drafter):
+    """The target itself, attending to a budget of its own cache (MagicDec, arXiv 2408.11049).
+
+    It needs no training and no second model: the sparse cache copies entries of the target's full
+    one, and after each verification takes over the exact entries the target computed.
+
+    Parameters
+    ----------
+    refresh
+        Choose the entries anew every ``refresh`` rounds; ``None`` chooses once, after the prompt.
+    """
+
+    def __init__(
+        self, target: Decoder, policy: Policy, budget: int, refresh: int | None = None
+    ) -> None:
+        _check_refresh(refresh)
+        policy.check(budget)
+        self.target, self.policy, self.budget, self.refresh = target, policy, budget, refresh
+        self.observe = policy
+        self.name = "self"
+
+    def start(self, prompt: Tensor, cache: KVCache, capacity: int) -> None:
+        self._full = cache
+        self.cache = SparseKVCache(
+            cache.config, self.budget, self.policy, cache.batch, cache.dtype, cache.device
+        )
+
+    def select(self, rounds: int) -> None:
+        if rounds == 0 or (self.refresh and rounds % self.refresh == 0):
+            self.cache.fill(self._full)
+
+    def propose(self, last, n, sampling, generator):
+        self._round_start = self.cache.length
+        return _draft(self.target, self.cache, [last], n, sampling, generator)
+
+    def commit(self, emitted: list[int], accepted: int) -> None:
+        # The target verified these positions with its full cache: take its entries, not our guesses.
+        if self.policy.per_step:
+            self.cache.fill(self._full)
+            return
+        self.cache.rewind(self._round_start)
+        self.cache.extend_from(self._full, self._round_start)
+
+    @property
+    def kv_entries(self) -> int:
+        return self.cache.peak_entries
+
+    @property
+    def kv_bytes(self) -> int:
+        return self.cache.batch * self.cache.config.kv_bytes(self.budget, self.cache.dtype)
+
+
+class ModelDrafter(Drafter):
+    """A second model with the target's vocabulary, on a sparse cache of its own.
+
+    Its full cache lives only from the prompt's prefill to the first selection, unless ``refresh``
+    asks for it again; then it is kept (and counted in ``kv_bytes``).
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        policy: Policy,
+        budget: int | None = None,
+        refresh: int | None = None,
+        piece: int = 1024,
+    ) -> None:
+        _check_refresh(refresh)
+        if budget is not None:
+            policy.check(budget)
+        self.model, self.policy, self.budget, self.refresh = model, policy, budget, refresh
+        self.piece = piece
+        self.name = "model"
+
+    def start(self, prompt: Tensor, cache: KVCache, capacity: int) -> None:
+        budget = self.budget if self.budget is not None else capacity
+        keep = self.refresh is not None or self.policy.per_step
+        rest = (self.model.config, budget, self.policy, 1, self.model.dtype, self.model.device)
+        self.cache = SparseKVCache(*rest)
+        size = capacity if keep else max(1, len(prompt) - 1)
+        self._full: KVCache | None = prefill(
+            self.model, prompt, size, observe=self.policy, piece=self.piece
+        )
+        self._keep = keep
+        self._pending: list[int] = []
+        self._behind: list[int] = []  # emitted tokens that the kept full cache lacks
+
+    def select(self, rounds: int) -> None:
+        again = self.refresh and rounds % self.refresh == 0
+        if rounds and not again:
+            return
+        if self._behind:
+            self.model.hidden(torch.tensor([self._behind], device=self.model.device), self._full)
+            self._behind = []
+        self.cache.fill(self._full)
+        self._pending = []
+        if not self._keep:
+            self._full = None
+
+    def propose(self, last, n, sampling, generator):
+        self._pending.append(last)
+        self._behind.append(last)
+        self._base = self.cache.length + len(self._pending)
+        return _draft(self.model, self.cache, self._pending, n, sampling, generator)
+
+    def commit(self, emitted: list[int], accepted: int) -> None:
+        # Drafting ran the model on every draft but the last: a fully accepted draft leaves it over.
+        known = min(self._base + accepted, self.cache.length)
+        self._pending = emitted[known - self._base : -1]
+        self._behind.extend(emitted[:-1])
+        self.cache.rewind(known)
+        if self.policy.per_step:
+            self.select(0)
+
+    @property
+    def kv_entries(self) -> int:
+        return self.cache.peak_entries
+
+    @property
+    def kv_bytes(self) -> int:
+        entries = self.cache.budget + (self._full.capacity if self._full else 0)
+        return self.model.config.kv_bytes(entries, self.model.dtype)
+
+
+class NGramDrafter(Drafter):
+    """Prompt lookup: what followed the last few tokens when they were last seen?
+
+    The longest n-gram from ``longest`` down to ``shortest`` that occurred before decides; without a
+    match nothing is drafted and the round is a plain step. Free, and strong on repetitive text, which
+    is why its acceptance belongs beside every other drafter's.
+    """
+
+    def __init__(self, longest: int = 3, shortest: int = 1) -> None:
+        if not 1 <= shortest <= longest:
+            raise ValueError(f"need 1 <= shortest <= longest, got {shortest} and {longest}")
+        self.longest, self.shortest = longest, shortest
+        self.name = "ngram"
+
+    def start(self, prompt: Tensor, cache: KVCache, capacity: int) -> None:
+        self._device = prompt.device
+        self._tokens: list[int] = []
+        self._ends: dict[tuple[int, ...], int] = {}  # n-gram -> position after its last occurrence
+        self._extend(prompt.tolist())
+
+    def _extend(self, tokens: list[int]) -> None:
+        for token in tokens:
+            # Index the n-grams that end before this token, so that a lookup never finds itself.
+            for size in range(self.shortest, self.longest + 1):
+                if len(self._tokens) >= size:
+                    self._ends[tuple(self._tokens[-size:])] = len(self._tokens)
+            self._tokens.append(token)
+
+    def propose(self, last, n, sampling, generator):
+        follow: list[int] = []
+        for size in range(self.longest, self.shortest - 1, -1):
+            end = self._ends.get(tuple(self._tokens[-size:]))
+            if end is not None and len(self._tokens) >= size:
+                follow = self._tokens[end : end + n]
+                break
+        return Proposal(torch.tensor(follow, dtype=torch.int64, device=self._device))
+
+    def commit(self, emitted: list[int], accepted: int) -> None:
+        self._extend(emitted)
+
+
+def prefill(
+    model: Decoder,
+    prompt: Tensor,
+    capacity: int,
+    observe: Policy | None = None,
+    piece: int = 1024,
+) -> KVCache:
+    """Run all of a prompt but its last token, ``piece`` tokens at a time, into a new full cache.
+
+    The last token is left out because every round begins by feeding the newest token, the first
+    round included. Pieces bound the memory: no more than ``piece`` rows of anything exist at once.
+
+    Parameters
+    ----------
+    prompt
+        Token ids ``[T]``, at least one.
+    capacity
+        Positions to allocate, in tokens.
+    """
+    if prompt.dim() != 1 or not prompt.numel():
+        raise ValueError(f"prompt must hold at least one token, got shape {tuple(prompt.shape)}")
+    cache = KVCache(model.config, capacity, 1, model.dtype, model.device, observe)
+    tokens = prompt[None, :-1].to(model.device)
+    with torch.inference_mode():
+        for part in tokens.split(piece, dim=1):
+            if part.shape[1]:
+                model.hidden(part, cache)
+    return cache
