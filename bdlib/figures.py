@@ -1,0 +1,171 @@
+"""One look for every figure, and the drawings that more than one lesson uses.
+
+Contract: helpers take plain numbers, return ``(fig, ax)`` or HTML, and never call ``plt.show()``.
+Colours are Okabe and Ito's colour-blind-safe palette, always together with a marker, a hatch or a
+text decoration, so that no meaning hangs on colour alone. Backgrounds are opaque: the figures read
+the same in JupyterLab's light and dark themes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from bdlib.decoding import Round
+
+COLORS = {
+    "blue": "#0072B2",
+    "orange": "#E69F00",
+    "green": "#009E73",
+    "vermillion": "#D55E00",
+    "purple": "#CC79A7",
+    "sky": "#56B4E9",
+    "black": "#000000",
+    "grey": "#7F7F7F",
+}
+CYCLE = [
+    COLORS[name] for name in ("blue", "vermillion", "green", "purple", "orange", "sky", "grey")
+]
+MARKERS = ["o", "s", "^", "D", "v", "P", "X"]
+
+# How a token of a trace looks: background, text decoration. Text stays black on every background.
+TOKEN_STYLES = {
+    "prompt": ("#F2F2F2", "none"),
+    "accepted": ("#9AD8C4", "none"),
+    "rejected": ("#F2B8A0", "line-through"),
+    "corrected": ("#F6D58B", "underline"),
+    "bonus": ("#A9CFE9", "underline"),
+    "plain": ("#FFFFFF", "none"),
+}
+
+
+def use_style() -> None:
+    """Apply the collection's matplotlib style; call it once, in a lesson's import cell."""
+    import matplotlib.pyplot as plt
+    import seaborn as sns
+
+    sns.set_theme(context="notebook", style="whitegrid", palette=CYCLE)
+    plt.rcParams.update(
+        {
+            "figure.facecolor": "white",
+            "savefig.facecolor": "white",
+            "figure.figsize": (7.5, 4.2),
+            "figure.dpi": 100,
+            "figure.constrained_layout.use": True,
+            "axes.titlesize": 12,
+            "axes.titleweight": "bold",
+            "axes.titlelocation": "left",
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+            "legend.frameon": False,
+            "lines.linewidth": 2,
+            "lines.markersize": 6,
+        }
+    )
+
+
+def caption(fig: Figure, text: str) -> None:
+    """State below a figure what was measured: model, machine, dtype, n, seed."""
+    fig.supxlabel(text, fontsize=8.5, color="#444444", x=0.01, ha="left")
+
+
+def lines(
+    ax: Axes,
+    x: Sequence[float],
+    series: Mapping[str, Sequence[Any]],
+    intervals: Mapping[str, Sequence[tuple[float, float]]] | None = None,
+) -> Axes:
+    """Draw one marked line a name, with intervals (low, high) as bars where given."""
+    for i, (name, y) in enumerate(series.items()):
+        style = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)], "label": name}
+        if intervals and name in intervals:
+            low, high = zip(*intervals[name], strict=True)
+            spread = [
+                [max(0.0, v - a) for v, a in zip(y, low, strict=True)],
+                [max(0.0, b - v) for v, b in zip(y, high, strict=True)],
+            ]
+            ax.errorbar(x, y, yerr=spread, capsize=3, **style)
+        else:
+            ax.plot(x, y, **style)
+    return ax
+
+
+def context_axis(ax: Axes, contexts: Iterable[int]) -> Axes:
+    """A logarithmic axis of context lengths, labelled 512, 1K, 2K, ..."""
+    ticks = list(contexts)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(ticks, [f"{t // 1024}K" if t % 1024 == 0 else str(t) for t in ticks])
+    ax.minorticks_off()
+    ax.set_xlabel("context (tokens)")
+    return ax
+
+
+def trace_html(rounds: Iterable[Round], tokenizer: Any, title: str = "", limit: int = 400) -> str:
+    """The token trace of a decoding as HTML, one line a round.
+
+    Accepted drafts are green, rejected ones red and struck through, the target's own token is blue
+    (bonus) or yellow (corrected) and underlined.
+
+    Parameters
+    ----------
+    limit
+        Show at most this many rounds, the last ones.
+    """
+    shown = list(rounds)
+    rows = [_trace_row(r, tokenizer) for r in shown[-limit:]]
+    keys = ("accepted", "rejected", "bonus", "corrected")
+    legend = " ".join(_token_html(key, key) for key in keys)
+    head = f"<b>{escape(title)}</b> " if title else ""
+    box = (
+        "background:#ffffff;color:#000000;border:1px solid #cccccc;padding:8px;"
+        "font-family:monospace;font-size:13px;line-height:1.7;max-height:420px;overflow:auto"
+    )
+    return f'<div style="{box}"><div>{head}{legend}</div>{"".join(rows)}</div>'
+
+
+def _trace_row(r: Round, tokenizer: Any) -> str:
+    drafts = [
+        _token_html(tokenizer.decode([token]), "accepted" if i < r.accepted else "rejected")
+        for i, token in enumerate(r.drafted)
+    ]
+    own = ""
+    if len(r.emitted) > r.accepted:  # not cut by a stop token inside the draft
+        own = " &rarr; " + _token_html(tokenizer.decode([r.emitted[-1]]), r.kind)
+    return f'<div><span style="color:#666666">{r.index:>3}</span> {" ".join(drafts)}{own}</div>'
+
+
+def _token_html(text: str, kind: str) -> str:
+    background, decoration = TOKEN_STYLES[kind]
+    shown = escape(text).replace("\n", "&#9166;").replace(" ", "&nbsp;")
+    style = f"background:{background};color:#000000;text-decoration:{decoration};padding:1px 3px"
+    return f'<span style="{style}" title="{kind}">{shown}</span>'
+
+
+def selection_map(
+    ax: Axes, positions: Mapping[str, Sequence[int]], length: int, mass: Mapping[str, float]
+) -> Axes:
+    """Which positions each policy keeps: one row a policy, a tick a kept position.
+
+    Parameters
+    ----------
+    positions
+        Kept positions by policy name (of one layer and KV head).
+    length
+        Length of the context, in tokens.
+    mass
+        Captured attention mass by policy name, 0 to 1, written beside the row.
+    """
+    for row, (name, kept) in enumerate(positions.items()):
+        ax.vlines(list(kept), row - 0.36, row + 0.36, color=CYCLE[row % len(CYCLE)], lw=0.6)
+        ax.text(length * 1.01, row, f"{mass[name]:.0%}", va="center", fontsize=10)
+    ax.set_yticks(range(len(positions)), list(positions))
+    ax.set_xlim(-length * 0.005, length)
+    ax.set_ylim(len(positions) - 0.5, -0.5)
+    ax.set_xlabel("position in the context (tokens)")
+    ax.grid(False)
+    return ax
