@@ -4,7 +4,7 @@ Every function takes queries ``[B, H, n, D]`` **already scaled** by ``1 / sqrt(D
 ``[B, H_kv, T, D]`` with ``H`` a multiple of ``H_kv``. The ``H / H_kv`` query heads that share one KV
 head are stacked into one matrix product, so a key is read once for all of them and never copied.
 
-* :func:`few_queries`: a step or a verification, 1 to 64 queries over a long cache. The causal mask
+* :func:`few_queries`: a step or a verification, 1 to 128 queries over a long cache. The causal mask
   touches only the last columns, those of the queries themselves; the long prefix has no mask.
 * :func:`many_queries`: a piece of the prompt. The prefix (no mask) and the piece itself (causal) are
   attended separately and merged by log-sum-exp, so no ``n x T`` matrix is ever stored.
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-FEW = 64  # queries up to this many take the masked-matrix path
+FEW = 128  # queries up to this many take the masked-matrix path
 ALIGN = 64
 """Caches hand out entries up to a multiple of this, the surplus masked. A sum over keys is then cut
 into the same blocks for one query as for five, so in bfloat16 on CPU a verified row is bit for bit

@@ -26,7 +26,7 @@ from bdlib import attention
 from bdlib.selection import Policy
 from bdlib.transformer import DecoderConfig
 
-SLACK = 64  # rejected positions that the query log can forget without losing older queries
+SLACK = 128  # rejected positions that the query log can forget without losing older queries
 
 
 def _aligned(entries: int) -> int:

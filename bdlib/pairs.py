@@ -8,7 +8,7 @@ target and drafter are given as Hugging Face hub ids or local folders; they must
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -119,8 +119,11 @@ def load_pair(
     loaded = Decoder.load(folder, where, kind, factor, pack)
     second = None
     if drafter_folder is not None:
-        # A drafter is used at the target's positions; a sparse one never sees that many at once.
         second = Decoder.load(drafter_folder, where, kind, None, pack)
+        # A drafter works at the target's positions, beyond those it was made for if need be, as the
+        # paper's does (2,048 against 16K): its sparse view never holds that many entries at once.
+        reach = max(loaded.config.max_positions, second.config.max_positions)
+        second.config = replace(second.config, max_positions=reach)
         sizes = loaded.config.vocab_size, second.config.vocab_size
         if sizes[0] != sizes[1]:
             raise ValueError(

@@ -15,6 +15,7 @@ What makes it quick on CPU, measured in lesson 02:
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
@@ -211,6 +212,21 @@ def rope_frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[Tensor, fl
     return inv_freq / factor * (1 - keep) + inv_freq * keep, float(attention)
 
 
+@functools.cache
+def _can_pack(dtype: torch.dtype) -> bool:
+    """Whether this build and CPU run oneDNN's packed product in ``dtype`` (tried on a small one)."""
+    if dtype not in (torch.bfloat16, torch.float32) or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        ops, weight = torch.ops.mkldnn, torch.eye(32, dtype=dtype)
+        if dtype == torch.bfloat16 and not ops._is_mkldnn_bf16_supported():
+            return False
+        packed = ops._reorder_linear_weight(weight, 8)
+        return torch.equal(ops._linear_pointwise(weight, packed, None, "none", [], ""), weight)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+
+
 class Linear(nn.Module):
     """``y = x W^T + b`` with an optional packed weight for CPU inference.
 
@@ -240,14 +256,7 @@ class Linear(nn.Module):
     def pack(self, rows: int = 8) -> None:
         """Pack for products with a few rows; a no-op where oneDNN has no kernel for the dtype."""
         weight = self.weight
-        if (
-            weight is None
-            or weight.device.type != "cpu"
-            or not torch.backends.mkldnn.is_available()
-        ):
-            return
-        bf16 = weight.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-        if weight.dtype == torch.float32 or bf16:
+        if weight is not None and weight.device.type == "cpu" and _can_pack(weight.dtype):
             self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
             self.weight = None
 
