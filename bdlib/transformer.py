@@ -346,41 +346,56 @@ class Decoder(nn.Module):
 
         The residual streams after the layers in ``taps`` are appended to ``tapped`` in layer order.
         """
-        c = self.config
-        batch, n = tokens.shape
+        n = tokens.shape[1]
         start = 0 if cache is None else cache.length
         if cache is not None:
             cache.reserve(n)
-        cos, sin = self._rotations(start, start + n)
-        scale = c.head_dim**-0.5
-        rotated = c.num_heads + c.num_kv_heads
-        x = F.embedding(tokens, self.embedding).to(self._wide)  # [B, n, C]
+        cos, sin = self.rotations(start, start + n)
+        x = self.embed(tokens)  # [B, n, C]
         for index, layer in enumerate(self.layers):
-            qkv = layer.qkv(self._norm(x, layer.attention_norm))
-            qkv = qkv.view(batch, n, rotated + c.num_kv_heads, c.head_dim)
-            qk = qkv[:, :, :rotated].to(self._wide)  # [B, n, H + H_kv, D]
-            if layer.q_norm is not None:
-                weights = (layer.q_norm, layer.k_norm)
-                parts = qk.split((c.num_heads, c.num_kv_heads), dim=2)
-                normed = [self._norm(p, w, keep=True) for p, w in zip(parts, weights, strict=True)]
-                qk = torch.cat(normed, dim=2)
-            # Rotate halves: x cos + roll(x) sin, with the sign folded into the sine table.
-            qk = torch.addcmul(qk * cos, qk.roll(c.head_dim // 2, -1), sin).transpose(1, 2)
-            q = (qk[:, : c.num_heads] * scale).to(self.dtype)  # [B, H, n, D]
-            k = qk[:, c.num_heads :]  # [B, H_kv, n, D]
-            v = qkv[:, :, rotated:].transpose(1, 2)
+            q, k, v = self.project(layer, x, cos, sin)
             if cache is None:
-                attended = causal_attention(q, k.to(self.dtype), v)
+                attended = causal_attention(q, k.to(q.dtype), v)
             else:
                 attended = cache.attend(index, q, k, v)
-            x = x + layer.out(attended.transpose(1, 2).reshape(batch, n, -1))
-            gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, -1)
-            x = x + layer.down(F.silu(gate) * up)
+            x = self.finish(layer, x, attended)
             if index in taps:
                 tapped.append(x)
         if cache is not None:
             cache.advance(n)
         return x
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Token ids ``[B, n]`` to the residual stream ``[B, n, C]``."""
+        return F.embedding(tokens, self.embedding).to(self._wide)
+
+    def project(
+        self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries ``[B, H, n, D]`` (rotated, scaled), keys ``[B, H_kv, n, D]`` (rotated) and values.
+
+        Keys come in the residual's dtype: whoever stores them rounds them once.
+        """
+        c = self.config
+        rotated = c.num_heads + c.num_kv_heads
+        qkv = layer.qkv(self._norm(x, layer.attention_norm))
+        qkv = qkv.view(*x.shape[:2], rotated + c.num_kv_heads, c.head_dim)
+        qk = qkv[:, :, :rotated].to(self._wide)  # [B, n, H + H_kv, D]
+        if layer.q_norm is not None:
+            weights = (layer.q_norm, layer.k_norm)
+            parts = qk.split((c.num_heads, c.num_kv_heads), dim=2)
+            normed = [self._norm(p, w, keep=True) for p, w in zip(parts, weights, strict=True)]
+            qk = torch.cat(normed, dim=2)
+        # Rotate halves: x cos + roll(x) sin, with the sign folded into the sine table.
+        qk = torch.addcmul(qk * cos, qk.roll(c.head_dim // 2, -1), sin).transpose(1, 2)
+        q = (qk[:, : c.num_heads] * c.head_dim**-0.5).to(qkv.dtype)
+        return q, qk[:, c.num_heads :], qkv[:, :, rotated:].transpose(1, 2)
+
+    def finish(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
+        """Add what attention ``[B, H, n, D]`` found, then the MLP, to the residual stream."""
+        x = x + layer.out(attended.transpose(1, 2).reshape(*x.shape[:2], -1))
+        gate, up = layer.gate_up(self._norm(x, layer.mlp_norm)).chunk(2, -1)
+        return x + layer.down(F.silu(gate) * up)
 
     @property
     def _wide(self) -> torch.dtype:
@@ -392,8 +407,14 @@ class Decoder(nn.Module):
         normed = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.config.rms_eps)
         return normed if keep else normed.to(self.dtype)
 
-    def _rotations(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines ``[n, 1, D]`` for positions ``start`` to ``stop``."""
+    def rotations(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Cosines and signed sines ``[n, 1, D]`` for positions ``start`` to ``stop``.
+
+        Raises
+        ------
+        ValueError
+            If ``stop`` is beyond the model's positions.
+        """
         limit = self.config.max_positions
         if stop > limit:
             raise ValueError(
