@@ -469,6 +469,36 @@ def windows(
     return result
 
 
+def tiles(
+    tokenizer: Any, documents: Sequence[Document], tokens: int, seed: int = 0
+) -> list[torch.Tensor]:
+    """Disjoint windows of ``tokens`` tokens that cover the documents, in a random order.
+
+    A document with ``weight`` below 1 gives that share of its windows. What is left over at
+    the end of a document is dropped, so a short document may give none.
+
+    Raises
+    ------
+    CorpusError
+        If no document is long enough.
+    """
+    import torch
+
+    _checked_tokens(tokens)
+    generator = random.Random(seed)
+    pieces = []
+    for document in documents:
+        ids = torch.tensor(_encode_document(tokenizer, document), dtype=torch.long)
+        whole = list(ids.split(tokens))
+        if len(whole[-1]) < tokens:
+            whole.pop()
+        pieces += generator.sample(whole, round(len(whole) * min(document.weight, 1.0)))
+    if not pieces:
+        raise CorpusError(f"no document has the {tokens} tokens that a window needs")
+    generator.shuffle(pieces)
+    return pieces
+
+
 def chat_request(
     tokenizer: Any,
     document: Document,

@@ -315,3 +315,25 @@ def test_chat_request_errors(tokenizer):
 
     with pytest.raises(CorpusError, match="no chat template"):
         corpora.chat_request(Plain(), numbers(10), 50)
+
+
+# ---------------------------------------------------------------------------- tiles
+
+
+def test_tiles_are_disjoint_weighted_and_repeatable(tokenizer):
+    words = " ".join(f"word{i}" for i in range(400))
+    documents = [Document("a", words), Document("b", words.upper(), weight=0.5)]
+    whole = tokenizer(words, add_special_tokens=False)["input_ids"]
+    pieces = corpora.tiles(tokenizer, documents, 50, seed=1)
+    lengths = [
+        len(tokenizer(d.text, add_special_tokens=False)["input_ids"]) // 50 for d in documents
+    ]
+    assert len(pieces) == lengths[0] + round(lengths[1] / 2)
+    of_first = {tuple(whole[i * 50 : i * 50 + 50]) for i in range(lengths[0])}
+    assert of_first <= {tuple(piece.tolist()) for piece in pieces}
+    again = corpora.tiles(tokenizer, documents, 50, seed=1)
+    assert all(torch.equal(x, y) for x, y in zip(pieces, again, strict=True))
+    other = corpora.tiles(tokenizer, documents, 50, seed=2)
+    assert not all(torch.equal(x, y) for x, y in zip(pieces, other, strict=True))
+    with pytest.raises(CorpusError, match="no document has the 9000 tokens"):
+        corpora.tiles(tokenizer, documents, 9000)
