@@ -89,6 +89,11 @@ def _draft(
     drafted, probs = [], []
     for i in range(n):
         token, row = sampling.draw(logits, generator)
+        if model.vocabulary is not None:  # from rows of the head to token ids
+            token = model.vocabulary[token]
+            if row is not None:
+                whole = row.new_zeros(1, model.config.vocab_size)
+                row = whole.index_copy_(1, model.vocabulary, row)
         drafted.append(token)
         probs.append(row)
         if i + 1 < n:

@@ -300,6 +300,7 @@ class Decoder(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding
+        self.vocabulary: Tensor | None = None  # token ids of the head's rows, if not all
         self._tables: tuple[Tensor, Tensor] | None = None
 
     @property

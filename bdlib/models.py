@@ -1,0 +1,189 @@
+"""Trained drafters as files: made from a target, saved without its embedding, loaded beside it.
+
+The standalone drafter is the paper's kind (arXiv 2606.00144): a small Llama. Here it is cut out of the
+target itself, as a few of its layers with its embedding and final norm, so it starts with a shared
+vocabulary and some sense of the target's representations. It may score a *draft vocabulary*, the most
+frequent tokens, instead of all of them: a smaller head is a cheaper draft step, and the target still
+scores everything, so decoding stays lossless.
+
+A drafter's folder holds ``drafter.json`` (shape, layers, provenance), ``drafter.safetensors`` (its own
+weights; the target's frozen embedding is not copied) and ``README.md``, a model card.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bdlib.transformer import Decoder, Linear
+
+SCHEMA = 1
+CONFIG_FILE, WEIGHTS_FILE = "drafter.json", "drafter.safetensors"
+
+
+def most_frequent(tokens: Iterable[Tensor], vocabulary: int, size: int) -> Tensor:
+    """The ``size`` most frequent token ids, ascending ``[size]``; ties go to the smaller id."""
+    if not 1 <= size <= vocabulary:
+        raise ValueError(f"draft vocabulary of {size} tokens must be in 1..{vocabulary}")
+    counts = torch.zeros(vocabulary, dtype=torch.int64)
+    for part in tokens:
+        counts += torch.bincount(part.flatten(), minlength=vocabulary)
+    return counts.sort(descending=True, stable=True).indices[:size].sort().values
+
+
+def cut_from(target: Decoder, layers: Iterable[int], vocabulary: Tensor | None = None) -> Decoder:
+    """A standalone drafter from some layers of a target (not packed), in float32 for training.
+
+    Parameters
+    ----------
+    layers
+        Which layers to copy, in order.
+    vocabulary
+        Token ids the head scores, ascending ``[R]``; ``None`` scores all.
+    """
+    chosen = list(layers)
+    for layer in chosen:
+        if not 0 <= layer < target.config.num_layers:
+            raise ValueError(f"layer {layer} must be in 0..{target.config.num_layers - 1}")
+    config = replace(target.config, num_layers=len(chosen))
+    with torch.device("meta"):
+        drafter = Decoder(config)
+    state = target.state_dict()
+    wanted = {}
+    for name in drafter.state_dict():
+        source = name
+        if name.startswith("layers."):
+            _, index, rest = name.split(".", 2)
+            source = f"layers.{chosen[int(index)]}.{rest}"
+        if source not in state:
+            raise ValueError(
+                "the target is packed; load it with pack=False to cut a drafter from it"
+            )
+        wanted[name] = state[source].detach().float().clone()
+    drafter.load_state_dict(wanted, assign=True)
+    if config.tie_embeddings:
+        drafter.head.weight = drafter.embedding
+    drafter.embedding.requires_grad_(False)
+    for name, parameter in drafter.named_parameters():
+        parameter.requires_grad_(name != "embedding")
+    if vocabulary is not None:
+        restrict_head(drafter, vocabulary)
+    return drafter
+
+
+def restrict_head(drafter: Decoder, vocabulary: Tensor) -> None:
+    """Give the drafter a trainable head of its own that scores ``vocabulary`` only."""
+    rows = drafter.head.dense()[vocabulary].detach().clone()
+    head = Linear(drafter.config.hidden_size, len(vocabulary))
+    head.weight = torch.nn.Parameter(rows)
+    drafter.head = head
+    drafter.vocabulary = vocabulary
+
+
+def row_of(drafter: Decoder) -> Tensor | None:
+    """Head row of each token id ``[V]``, -1 where the drafter does not score it."""
+    if drafter.vocabulary is None:
+        return None
+    rows = torch.full((drafter.config.vocab_size,), -1, dtype=torch.int64)
+    rows[drafter.vocabulary] = torch.arange(len(drafter.vocabulary))
+    return rows
+
+
+def _own_weights(drafter: Decoder) -> dict[str, Tensor]:
+    weights = {}
+    for name, tensor in drafter.state_dict().items():
+        shared = name == "embedding" or (name == "head.weight" and drafter.vocabulary is None)
+        if not shared:
+            weights[name] = tensor.detach()
+    if drafter.vocabulary is not None:
+        weights["vocabulary"] = drafter.vocabulary.to(torch.int32)
+    return weights
+
+
+def save_drafter(
+    drafter: Decoder, folder: str | Path, card: str, provenance: Mapping[str, Any] | None = None
+) -> None:
+    """Write a drafter's folder; weights in bfloat16, each file under a temporary name first."""
+    from safetensors.torch import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {
+        k: (v if v.dtype == torch.int32 else v.to(torch.bfloat16)).contiguous()
+        for k, v in _own_weights(drafter).items()
+    }
+    meta = {
+        "schema": SCHEMA,
+        "kind": "standalone",
+        "config": drafter.config.to_hf(torch.bfloat16),
+        "provenance": dict(provenance or {}),
+    }
+    scratch = folder / f"{WEIGHTS_FILE}.writing"
+    save_file(weights, scratch)
+    os.replace(scratch, folder / WEIGHTS_FILE)
+    for name, text in ((CONFIG_FILE, json.dumps(meta, indent=2) + "\n"), ("README.md", card)):
+        scratch = folder / f"{name}.writing"
+        scratch.write_text(text, encoding="utf8")
+        os.replace(scratch, folder / name)
+
+
+def load_drafter(
+    folder: str | Path, target: Decoder, dtype: torch.dtype | None = None, pack: bool = True
+) -> Decoder:
+    """Read a drafter's folder; the embedding is the target's own (shared, not copied, where it can be).
+
+    Raises
+    ------
+    ValueError
+        If a file is missing or damaged, or the drafter was made for another target shape.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from bdlib.transformer import DecoderConfig
+
+    folder = Path(folder)
+    dtype = dtype or target.dtype
+    try:
+        meta = json.loads((folder / CONFIG_FILE).read_text(encoding="utf8"))
+        weights = load_file(folder / WEIGHTS_FILE)
+    except (OSError, json.JSONDecodeError, SafetensorError) as error:
+        raise ValueError(f"{folder} is not a drafter's folder, or is damaged: {error}") from error
+    if meta.get("schema") != SCHEMA:
+        raise ValueError(f"{folder}: drafter of schema {meta.get('schema')}, need {SCHEMA}")
+    config = DecoderConfig.from_hf(meta["config"])
+    for name in ("vocab_size", "hidden_size"):
+        if getattr(config, name) != getattr(target.config, name):
+            raise ValueError(
+                f"{folder}: the drafter's {name} is {getattr(config, name)},"
+                f" the target's {getattr(target.config, name)}"
+            )
+    # Positions and their scaling are the target's: YaRN, when it is used, stretches both.
+    config = replace(config, max_positions=target.config.max_positions, rope=target.config.rope)
+    vocabulary = weights.pop("vocabulary", None)
+    with torch.device("meta"):
+        drafter = Decoder(config)
+    if vocabulary is not None:
+        drafter.head = Linear(config.hidden_size, len(vocabulary))
+    state = {k: v.to(target.device, dtype) for k, v in weights.items()}
+    state["embedding"] = target.embedding.detach().to(dtype)
+    if vocabulary is None:
+        state["head.weight"] = state["embedding"]
+    missing = set(drafter.state_dict()) ^ set(state)
+    if missing:
+        raise ValueError(
+            f"{folder}: missing or unexpected weights: {', '.join(sorted(missing)[:4])}"
+        )
+    drafter.load_state_dict(state, assign=True)
+    drafter.vocabulary = None if vocabulary is None else vocabulary.long().to(target.device)
+    if vocabulary is None and config.tie_embeddings:
+        drafter.head.weight = drafter.embedding
+    drafter.requires_grad_(False)
+    return drafter.pack() if pack else drafter
