@@ -101,6 +101,133 @@ def doctor() -> None:
         typer.echo(f"{name:<{width}}  {value}")
 
 
+@app.command()
+def measure(
+    pair: Annotated[
+        str, typer.Option(help="smollm2, paper, or a folder or hub id of a target.")
+    ] = "smollm2",
+    drafter: Annotated[
+        str, typer.Option(help="self, ngram, or a folder or hub id of a model.")
+    ] = "self",
+    policy: Annotated[
+        str, typer.Option(help="What the drafter's cache keeps, for example sink_window.")
+    ] = "chunk_topk_recent",
+    budget: Annotated[
+        int, typer.Option(help="Entries it keeps; policy full keeps the whole context.")
+    ] = 256,
+    context: Annotated[int, typer.Option(help="Tokens of prompt and output together.")] = 2048,
+    gamma: Annotated[int, typer.Option(help="Tokens drafted per round.")] = 4,
+    text: Annotated[
+        str, typer.Option(help="A file or folder of text, or embedded:train|held-out|all.")
+    ] = "embedded:held-out",
+    samples: Annotated[int, typer.Option(help="Windows of text to measure on.")] = 4,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate per sample.")] = 64,
+    refresh: Annotated[
+        int | None, typer.Option(help="Select entries anew every so many rounds.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_k: Annotated[int, typer.Option(help="Sample from the best so many tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 1.0,
+    seed: Annotated[int, typer.Option(help="Chooses windows and what sampling draws.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float32 or float64.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    chat: Annotated[
+        bool, typer.Option(help="Ask for a summary of the passage, instead of continuing it.")
+    ] = False,
+    repeats: Annotated[int, typer.Option(help="Runs of each kind; times are medians.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option("--json", help="File to write records and aggregate to.")
+    ] = None,
+) -> None:
+    """Measure a drafter on text: acceptance, speed-up, memory, identity of the output."""
+    from bdlib import measure as measuring
+
+    settings = measuring.MeasureSettings(
+        pair=pair,
+        drafter=drafter,
+        policy=policy,
+        budget=budget,
+        context=context,
+        gamma=gamma,
+        text=text,
+        samples=samples,
+        new_tokens=new_tokens,
+        refresh=refresh,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        chat=chat,
+        repeats=repeats,
+    )
+    if output is not None:
+        output = measuring.check_output(output)
+    from tqdm import tqdm
+
+    records = []
+    with tqdm(total=samples, unit="sample", file=sys.stderr) as bar:
+
+        def show(record: dict) -> None:
+            records.append(record)
+            rates = [r["acceptance_rate"] for r in records if r["acceptance_rate"] is not None]
+            speedups = [r["speedup_decode"] for r in records]
+            bar.set_postfix_str(
+                f"acceptance {sum(rates) / len(rates) if rates else float('nan'):.3f},"
+                f" speed-up {sum(speedups) / len(speedups):.2f}x",
+                refresh=False,
+            )
+            bar.update()
+
+        report = measuring.measure(settings, progress=show)
+    if output is not None:
+        report.write(output)
+    typer.echo(report.table())
+
+
+bench = typer.Typer(help="Time parts of the library against what they replace.")
+app.add_typer(bench, name="bench", no_args_is_help=True)
+
+
+@bench.callback()
+def _bench() -> None:
+    """Time parts of the library against what they replace."""
+
+
+@bench.command()
+def engine(
+    contexts: Annotated[
+        str, typer.Option(help="Lengths in tokens, with commas between.")
+    ] = "512,4096,8192",
+    steps: Annotated[int, typer.Option(help="Steps of each kind to time.")] = 40,
+    pair: Annotated[str, typer.Option(help="smollm2, or a model folder.")] = "smollm2",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float32 or float64.")] = "auto",
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print JSON instead of a table.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="File to write the JSON to.")] = None,
+) -> None:
+    """The compact decoder beside transformers' generate, and both beside the memory's limit."""
+    import json
+
+    from bdlib import bench as benching
+    from bdlib import measure as measuring
+
+    lengths = benching.parse_contexts(contexts)
+    settings = benching.EngineSettings(contexts=lengths, steps=steps, pair=pair, dtype=dtype)
+    if out is not None:
+        out = measuring.check_output(out)
+
+    def say(words: str) -> None:
+        typer.echo(f"bench: {words}", err=True)
+
+    result = benching.engine(settings, progress=say)
+    if out is not None:
+        measuring.write_json(out, result)
+    typer.echo(json.dumps(result, indent=2) if as_json else benching.table(result))
+
+
 def main() -> None:
     """Run a command; turn an error in the input into one line and exit status 2."""
     try:

@@ -18,7 +18,7 @@ def examine() -> list[tuple[str, str]]:
     """Rows of (what, value). Nothing is fetched or changed."""
     rows = [("bdlib", __version__), ("python", f"{platform.python_version()} ({sys.executable})")]
     rows += [(package, _version(package)) for package in _PACKAGES]
-    rows += [("platform", platform.platform()), ("cpu", _cpu_name()), ("cpu flags", _cpu_flags())]
+    rows += [("platform", platform.platform()), ("cpu", cpu_name()), ("cpu flags", _cpu_flags())]
     rows += _torch_rows()
     rows += [("memory", _memory()), ("data folder", _data_folder())]
     for package in assets.manifest().packages:
@@ -52,7 +52,8 @@ def _cpu_lines(key: str) -> str:
     return ""
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """The processor's name, as the system tells it."""
     return _cpu_lines("model name") or platform.processor() or platform.machine()
 
 
