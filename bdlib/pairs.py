@@ -108,7 +108,7 @@ def load_pair(
         check_vocabularies(tokenizer.get_vocab(), other.get_vocab())
 
     factor = None
-    config = DecoderConfig.from_hf(_config(folder))
+    config = DecoderConfig.read(folder)
     if context is not None and context > config.max_positions:
         factor = -(-context // config.max_positions)
         if factor > 2 or config.rope["rope_type"] != "default":
@@ -180,15 +180,6 @@ def _folder(source: str | Path) -> Path:
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"model {text!r} could not be fetched: {error}") from error
     return found
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    import json
-
-    try:
-        return json.loads((folder / "config.json").read_text(encoding="utf8"))
-    except (OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"{folder} is not a model folder: {error}") from error
 
 
 def _device(name: str) -> torch.device:

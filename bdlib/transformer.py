@@ -23,6 +23,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -37,7 +38,13 @@ ARCHITECTURES = {
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
 }
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+ROPE_TYPES = {
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor",),
+}
+"""Each type and the settings that it needs."""
 
 
 @dataclass(frozen=True)
@@ -85,15 +92,21 @@ class DecoderConfig:
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim {self.head_dim} is odd; rotary embeddings need it even")
-        if self.rope.get("rope_type", "default") not in ROPE_TYPES:
+        kind = self.rope.get("rope_type", "default")
+        if kind not in ROPE_TYPES:
             raise ValueError(
-                f"rope_type {self.rope.get('rope_type')!r} is not supported; allowed: {ROPE_TYPES}"
+                f"rope_type {kind!r} is not supported; allowed: {', '.join(ROPE_TYPES)}"
             )
+        for name in ROPE_TYPES[kind]:
+            if self.rope.get(name) is None:
+                raise ValueError(f"rope_type {kind!r} needs {name}, which is missing")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
         """Read the dictionary of a Hugging Face ``config.json`` (transformers 4 or 5 spelling)."""
         model_type = config.get("model_type", "llama")
+        if config.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"hidden_act {config['hidden_act']!r} is not supported; allowed: silu")
         heads = config["num_attention_heads"]
         rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type") or "default"
@@ -128,6 +141,23 @@ class DecoderConfig:
             bos_token_id=config.get("bos_token_id"),
             eos_token_ids=eos_ids,
         )
+
+    @classmethod
+    def read(cls, folder: str | Path) -> DecoderConfig:
+        """Read the ``config.json`` of a Hugging Face folder.
+
+        Raises
+        ------
+        ValueError
+            If it is missing or damaged, or describes a model that this decoder is not.
+        """
+        file = Path(folder) / "config.json"
+        if not file.is_file():
+            raise ValueError(f"{folder} is not a model folder: it has no config.json")
+        try:
+            return cls.from_hf(json.loads(file.read_text(encoding="utf8")))
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{file} is damaged or not a decoder's: {error!r}") from error
 
     def to_hf(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
         """The dictionary that :meth:`from_hf` reads and transformers accepts."""
@@ -471,13 +501,7 @@ class Decoder(nn.Module):
             If the folder lacks a file, or a weight is missing, damaged or of the wrong shape.
         """
         folder = Path(folder)
-        config_file = folder / "config.json"
-        if not config_file.is_file():
-            raise ValueError(f"{folder} is not a model folder: it has no config.json")
-        try:
-            config = DecoderConfig.from_hf(json.loads(config_file.read_text(encoding="utf8")))
-        except (json.JSONDecodeError, KeyError) as error:
-            raise ValueError(f"{config_file} is damaged or not a decoder's: {error!r}") from error
+        config = DecoderConfig.read(folder)
         if yarn_factor is not None:
             config = config.with_yarn(yarn_factor)
         with torch.device("meta"):
@@ -554,8 +578,8 @@ def _read_weights(folder: Path) -> Iterator[tuple[str, Tensor]]:
     for file in files:
         try:
             yield from torch.load(file, map_location="cpu", weights_only=True).items()
-        except (RuntimeError, EOFError, OSError) as error:
-            raise ValueError(f"{file} is damaged: {error}") from error
+        except (RuntimeError, EOFError, OSError, AttributeError, UnpicklingError) as error:
+            raise ValueError(f"{file} is damaged or holds more than weights") from error
 
 
 def _to_fused(
@@ -565,7 +589,13 @@ def _to_fused(
         missing = [n for n in names if n not in weights]
         if missing:
             raise ValueError(f"the checkpoint lacks the weight {missing[0]}")
-        return torch.cat([weights.pop(n) for n in names]).to(device, dtype)
+        parts = [weights.pop(n) for n in names]
+        try:
+            whole = torch.cat(parts)
+        except RuntimeError:
+            shapes = ", ".join(f"{n} {tuple(p.shape)}" for n, p in zip(names, parts, strict=True))
+            raise ValueError(f"weights do not fit together: {shapes}") from None
+        return whole.to(device, dtype)
 
     state = {
         "embedding": take("model.embed_tokens.weight"),

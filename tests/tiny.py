@@ -1,0 +1,81 @@
+"""Small random models, a model folder with a tokenizer, and a slow greedy reference, for the tests."""
+
+from dataclasses import replace
+
+import torch
+
+from bdlib.transformer import Decoder, DecoderConfig
+
+CONFIG = DecoderConfig(
+    vocab_size=23,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    max_positions=512,
+    rope={"rope_type": "default", "rope_theta": 10_000.0},
+    tie_embeddings=False,
+    model_type="llama",
+)
+
+
+def model(seed=0, dtype=torch.float64, sharp=1.0, **changes):
+    """A random decoder of :data:`CONFIG`; ``sharp`` scales its queries, so that keys matter more."""
+    made = Decoder.random(replace(CONFIG, **changes), seed=seed, dtype=dtype)
+    for layer in made.layers:
+        layer.qkv.weight[: made.config.num_heads * made.config.head_dim] *= sharp
+    return made
+
+
+def perturbed(target, amount, seed=0):
+    """A copy of a decoder with noise on every matrix: a drafter that is right now and then."""
+    copy = Decoder(target.config).to(target.dtype).requires_grad_(False)
+    generator = torch.Generator().manual_seed(seed)
+    state = {}
+    for name, tensor in target.state_dict().items():
+        noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+        state[name] = tensor + amount * noise * tensor.shape[-1] ** -0.5 * (tensor.dim() > 1)
+    copy.load_state_dict(state)
+    return copy
+
+
+def text(length, seed=0, vocabulary=CONFIG.vocab_size):
+    """Random token ids ``[length]``."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    return torch.randint(0, vocabulary, (length,), generator=generator)
+
+
+def greedy(target, prompt, count, stops=()):
+    """Greedy decoding as it is defined: the whole text through the model for every token, no cache."""
+    tokens = prompt.tolist()
+    for _ in range(count):
+        tokens.append(int(target(torch.tensor([tokens]))[0, -1].argmax()))
+        if tokens[-1] in stops:
+            break
+    return tokens[len(prompt) :]
+
+
+def words(ids):
+    """The text that the tokenizer of :func:`save_folder` reads as these ids."""
+    return " ".join(f"w{i}" for i in ids)
+
+
+def save_folder(folder, decoder, vocabulary=None, end=0):
+    """Write a Hugging Face folder, tokenizer included: word ``w7`` is token 7, ``w0`` ends a text.
+
+    ``vocabulary`` overrides the words, in the order of their ids.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    decoder.save(folder)
+    listed = vocabulary or [f"w{i}" for i in range(decoder.config.vocab_size)]
+    ids = {word: i for i, word in enumerate(listed)}
+    tokenizer = Tokenizer(models.WordLevel(ids, unk_token=listed[-1]))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=listed[end], unk_token=listed[-1]
+    ).save_pretrained(folder)
+    return folder
