@@ -100,6 +100,8 @@ class KVCache:
         Most positions it can hold, in tokens.
     observe
         A policy whose observation queries are to be logged while the cache is filled.
+    taps
+        Layers whose output (residual stream) is kept too, for a feature-conditioned drafter.
     """
 
     def __init__(
@@ -110,6 +112,7 @@ class KVCache:
         dtype: torch.dtype = torch.float32,
         device: str | torch.device = "cpu",
         observe: Policy | None = None,
+        taps: tuple[int, ...] = (),
     ) -> None:
         if capacity < 1:
             raise ValueError(f"capacity {capacity} must be at least 1 token")
@@ -120,6 +123,22 @@ class KVCache:
         self.log: QueryLog | None = None
         if observe is not None and observe.observe != "none":
             self.log = QueryLog(config, observe, capacity, batch, dtype, self.device)
+        if not all(0 <= layer < config.num_layers for layer in taps):
+            raise ValueError(f"taps {taps} must be layers in 0..{config.num_layers - 1}")
+        self.taps = taps
+        shape = (batch, capacity if taps else 0, len(taps), config.hidden_size)
+        self._features = torch.zeros(shape, dtype=dtype, device=self.device)
+
+    def keep_features(self, layer: int, x: Tensor) -> None:
+        """Keep the residual stream ``[B, n, C]`` after a tapped layer at the next positions."""
+        stop = self.length + x.shape[1]
+        self._features[:, self.length : stop, self.taps.index(layer)] = x
+
+    def features(self, start: int, stop: int) -> Tensor:
+        """Residual streams after the tapped layers, ``[B, n, taps, C]``, a view."""
+        if not 0 <= start <= stop <= self.length:
+            raise ValueError(f"features {start}..{stop} asked of a cache of {self.length} tokens")
+        return self._features[:, start:stop]
 
     def keys(self, layer: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Rotated keys ``[B, H_kv, T, D]`` of positions ``start`` to ``stop``, a view."""
@@ -213,8 +232,19 @@ class SparseKVCache:
 
     # ---------------------------------------------------------------- filling
     def fill(self, source: KVCache) -> None:
-        """Choose entries anew from a full cache, and continue at its length."""
+        """Choose entries anew from a full cache, and continue at its length.
+
+        Raises
+        ------
+        ValueError
+            If the policy needs queries that the full cache has not logged, or chooses too much.
+        """
         length = source.length
+        if not self.policy.per_step and not self._logged(source.log):
+            raise ValueError(
+                f"policy {self.policy.name!r} needs {self.policy.observed_queries}"
+                f" {self.policy.observe} queries: fill the full cache with observe=policy"
+            )
         self._source = source if self.policy.per_step else None
         self.length = length
         if self.policy.per_step:
@@ -241,6 +271,13 @@ class SparseKVCache:
         self._selected = torch.stack(chosen)
         self._recent = list(range(length - window, length))
         self.peak_entries = max(self.peak_entries, self.size)
+
+    def _logged(self, log: QueryLog | None) -> bool:
+        """Whether a log holds the queries that the policy looks at."""
+        kind, count = self.policy.observe, self.policy.observed_queries
+        if kind == "none":
+            return True
+        return log is not None and log.recent == (kind == "recent") and log.wanted >= count
 
     def extend_from(self, source: KVCache, start: int) -> None:
         """Append the entries of a full cache from position ``start``, without computing them."""
@@ -306,7 +343,7 @@ class SparseKVCache:
     @property
     def _known(self) -> int:
         """Positions of the source that are not among the recent entries."""
-        return self._recent[0] if self._recent else self.length
+        return min(self._source.length, self._recent[0] if self._recent else self.length)
 
     def advance(self, n: int) -> None:
         """Make the ``n`` entries stored by :meth:`attend` part of the cache."""
