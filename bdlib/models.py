@@ -6,6 +6,11 @@ vocabulary and some sense of the target's representations. It may score a *draft
 frequent tokens, instead of all of them: a smaller head is a cheaper draft step, and the target still
 scores everything, so decoding stays lossless.
 
+The feature-conditioned drafter (EAGLE-3's idea, arXiv 2503.01840) reads what the target has computed
+already: next to each token, a mix of the target's residual streams one position earlier. One layer
+then does what a standalone drafter needs several for; from the second draft step on it reads its own
+output in place of the target's.
+
 A drafter's folder holds ``drafter.json`` (shape, layers, provenance), ``drafter.safetensors`` (its own
 weights; the target's frozen embedding is not copied) and ``README.md``, a model card.
 """
@@ -20,12 +25,41 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from bdlib.transformer import Decoder, Linear
+from bdlib.transformer import Decoder, DecoderConfig, Linear
 
 SCHEMA = 1
 CONFIG_FILE, WEIGHTS_FILE = "drafter.json", "drafter.safetensors"
+
+
+def export(drafter: Decoder, folder: str | Path, target: Decoder) -> None:
+    """Write a standalone drafter as a plain Hugging Face model with a full head.
+
+    Tokens outside the draft vocabulary get the target's own rows, from which the trained ones started,
+    so their scores are comparable.
+
+    Raises
+    ------
+    ValueError
+        For a feature-conditioned drafter: transformers has no model that reads another's states.
+    """
+    if isinstance(drafter, FeatureDecoder):
+        raise ValueError("a feature-conditioned drafter reads the target's states and cannot stand alone")
+    whole = Decoder(replace(drafter.config, tie_embeddings=drafter.vocabulary is None))
+    state = {k: v for k, v in drafter.state_dict().items() if k != "head.weight"}
+    if drafter.vocabulary is not None:
+        head = target.head.dense().to(drafter.dtype, copy=True)
+        head[drafter.vocabulary] = drafter.head.dense()
+        state["head.weight"] = head
+    for name, module in drafter.named_modules():  # packed matrices are in no state dictionary
+        if isinstance(module, Linear) and name != "head":
+            state[f"{name}.weight"] = module.dense()
+    whole.load_state_dict(state, assign=True, strict=drafter.vocabulary is not None)
+    if drafter.vocabulary is None:
+        whole.head.weight = whole.embedding
+    whole.save(folder)
 
 
 def most_frequent(tokens: Iterable[Tensor], vocabulary: int, size: int) -> Tensor:
@@ -78,11 +112,88 @@ def cut_from(target: Decoder, layers: Iterable[int], vocabulary: Tensor | None =
     return drafter
 
 
+class FeatureDecoder(Decoder):
+    """One or a few layers on token embeddings and the target's states.
+
+    Slot ``t`` reads token ``t`` and the state of position ``t - 1`` and predicts token ``t + 1``; the
+    state of slot 0, which nothing precedes, is zero.
+
+    Parameters
+    ----------
+    taps
+        Layers of the target whose output is read, ascending.
+    """
+
+    def __init__(self, config: DecoderConfig, taps: tuple[int, ...]) -> None:
+        super().__init__(config)
+        width = config.hidden_size
+        self.taps = taps
+        self.tap_norm = nn.Parameter(torch.ones(len(taps), width))
+        self.embedding_norm = nn.Parameter(torch.ones(width))
+        self.state_norm = nn.Parameter(torch.ones(width))
+        self.fuse = Linear(len(taps) * width, width)
+        self.mix = Linear(2 * width, width)
+
+    def state(self, features: Tensor) -> Tensor:
+        """One state for each position from the target's streams: ``[..., taps, C] -> [..., C]``."""
+        wide = features.to(self._wide)
+        normed = F.rms_norm(wide, wide.shape[-1:], None, self.config.rms_eps) * self.tap_norm
+        return self.fuse(normed.flatten(-2).to(self.dtype)).to(self._wide)
+
+    def inputs(self, tokens: Tensor, states: Tensor) -> Tensor:
+        """The residual stream that enters the first layer: ``[B, n]`` and ``[B, n, C]``."""
+        both = self.embedding_norm, self.state_norm
+        parts = [
+            self._norm(part, weight)
+            for part, weight in zip((self.embed(tokens), states), both, strict=True)
+        ]
+        return self.mix(torch.cat(parts, -1)).to(self._wide)
+
+    def states_of(self, features: Tensor) -> Tensor:
+        """The states that slots 0 to ``T - 1`` read, from features ``[T, taps, C]`` of their positions."""
+        return F.pad(self.state(features)[:-1], (0, 0, 1, 0))
+
+
+def conditioned_on(
+    target: Decoder,
+    taps: tuple[int, ...],
+    vocabulary: Tensor | None = None,
+    layers: int = 1,
+    seed: int = 0,
+) -> FeatureDecoder:
+    """An untrained feature-conditioned drafter of a target, in float32 for training.
+
+    Its head starts as the target's, everything else at random (``seed`` makes it repeatable).
+
+    Parameters
+    ----------
+    vocabulary
+        Token ids the head scores, ascending ``[R]``; ``None`` scores all.
+    """
+    if not taps or not all(0 <= layer < target.config.num_layers for layer in taps):
+        raise ValueError(f"taps {taps} must be layers in 0..{target.config.num_layers - 1}")
+    drafter = FeatureDecoder(replace(target.config, num_layers=layers), tuple(taps))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in drafter.modules():
+            if isinstance(module, Linear) and module is not drafter.head:
+                module.weight.normal_(0.0, module.shape[1] ** -0.5, generator=generator)
+        drafter.final_norm.copy_(target.final_norm)
+    drafter.embedding = nn.Parameter(target.embedding.detach().float().clone(), False)
+    if drafter.config.tie_embeddings:
+        drafter.head.weight = drafter.embedding
+    else:
+        drafter.head.weight = nn.Parameter(target.head.dense().float().clone())
+    if vocabulary is not None:
+        restrict_head(drafter, vocabulary)
+    return drafter
+
+
 def restrict_head(drafter: Decoder, vocabulary: Tensor) -> None:
     """Give the drafter a trainable head of its own that scores ``vocabulary`` only."""
     rows = drafter.head.dense()[vocabulary].detach().clone()
     head = Linear(drafter.config.hidden_size, len(vocabulary))
-    head.weight = torch.nn.Parameter(rows)
+    head.weight = nn.Parameter(rows)
     drafter.head = head
     drafter.vocabulary = vocabulary
 
@@ -121,7 +232,8 @@ def save_drafter(
     }
     meta = {
         "schema": SCHEMA,
-        "kind": "standalone",
+        "kind": "feature" if isinstance(drafter, FeatureDecoder) else "standalone",
+        "taps": list(getattr(drafter, "taps", ())),
         "config": drafter.config.to_hf(torch.bfloat16),
         "provenance": dict(provenance or {}),
     }
@@ -147,8 +259,6 @@ def load_drafter(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    from bdlib.transformer import DecoderConfig
-
     folder = Path(folder)
     dtype = dtype or target.dtype
     try:
@@ -169,7 +279,10 @@ def load_drafter(
     config = replace(config, max_positions=target.config.max_positions, rope=target.config.rope)
     vocabulary = weights.pop("vocabulary", None)
     with torch.device("meta"):
-        drafter = Decoder(config)
+        if meta["kind"] == "feature":
+            drafter = FeatureDecoder(config, tuple(meta["taps"]))
+        else:
+            drafter = Decoder(config)
     if vocabulary is not None:
         drafter.head = Linear(config.hidden_size, len(vocabulary))
     state = {k: v.to(target.device, dtype) for k, v in weights.items()}

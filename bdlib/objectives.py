@@ -69,12 +69,15 @@ class Branch:
         Share of positions where the drafter's argmax is the target's.
     kl
         Per-position KL(p || q) ``[N]`` over the teacher's 32 best tokens, for :func:`hinge`.
+    deeper
+        Agreement of the later draft steps, for a drafter that was run several steps deep.
     """
 
     loss: Tensor
     alpha: float
     agreement: float
     kl: Tensor
+    deeper: tuple[float, ...] = ()
 
 
 def branch(

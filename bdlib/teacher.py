@@ -210,11 +210,11 @@ def _write_done(folder: Path, done: int) -> None:
 def _one_window(
     target: Decoder, tokens: Tensor, settings: TeacherSettings, arrays: dict, window: int
 ) -> None:
-    cache = KVCache(target.config, tokens.shape[0], 1, target.dtype, target.device)
+    taps = settings.taps
+    cache = KVCache(target.config, tokens.shape[0], 1, target.dtype, target.device, taps=taps)
     for first in range(0, tokens.shape[0], PIECE):
         part = slice(first, min(first + PIECE, tokens.shape[0]))
-        tapped: list[Tensor] = []
-        hidden = target.hidden(tokens[None, part].to(target.device), cache, settings.taps, tapped)
+        hidden = target.hidden(tokens[None, part].to(target.device), cache)
         logits = target.logits(hidden)[0]  # [n, V]
         best, ids = logits.topk(settings.top, -1)
         if not torch.isfinite(best).all():
@@ -222,6 +222,6 @@ def _one_window(
         logp = best - logits.logsumexp(-1, keepdim=True)
         arrays["ids"][window, part] = ids.cpu().numpy()
         arrays["logp"][window, part] = logp.cpu().numpy()
-        if settings.taps:
-            features = torch.stack([t[0] for t in tapped], 1).to(torch.bfloat16)  # [n, taps, C]
+        if taps:
+            features = cache.features(part.start, part.stop)[0].to(torch.bfloat16)  # [n, taps, C]
             arrays["features"][window, part] = features.view(torch.int16).cpu().numpy()

@@ -21,7 +21,7 @@ import os
 import random
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +29,12 @@ import torch
 from torch import Tensor
 
 from bdlib.budgets import BudgetSampler
-from bdlib.models import row_of
+from bdlib.models import FeatureDecoder, row_of
 from bdlib.objectives import Branch, Objective, TeacherTarget, branch
 from bdlib.selection import make_policy
 from bdlib.teacher import TeacherStore
 from bdlib.transformer import Decoder
-from bdlib.views import Stream, View, full_stream, sparse_view
+from bdlib.views import Stream, View, drafted_view, full_stream
 
 MODES = ("all", "continuation")
 CHECKPOINT, LOG = "training.pt", "log.jsonl"
@@ -59,6 +59,8 @@ class TrainSettings:
     share
         Share of a window's blocks that each view replays (mode ``"all"``): views differ in budget, so
         they need not all cover everything.
+    draft_steps
+        Draft steps that a feature-conditioned drafter is trained over, each on the output of the last.
     """
 
     objective: Objective = field(default_factory=Objective)
@@ -68,6 +70,7 @@ class TrainSettings:
     mode: str = "all"
     block: int = 64
     share: float = 1.0
+    draft_steps: int = 1
     steps: int = 1000
     warmup: int = 50
     windows: int = 1
@@ -80,7 +83,7 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ValueError(f"mode {self.mode!r} is not one of {MODES}")
-        for name in ("steps", "windows", "block"):
+        for name in ("steps", "windows", "block", "draft_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         for name in ("views", "warmup"):
@@ -128,59 +131,75 @@ def window_loss(
     settings: TrainSettings,
     views: Sequence[View],
     seed: str,
+    features: Tensor | None = None,
 ) -> tuple[Tensor, Branch, list[Branch]]:
     """Loss of one window ``[T]`` and its branches, full and sparse.
+
+    Parameters
+    ----------
+    features
+        The target's streams ``[T, taps, C]``, for a feature-conditioned drafter.
 
     Raises
     ------
     ValueError
-        If the window is not longer than a block.
+        If the window is not longer than two blocks, or features are missing.
     """
     length, block = tokens.shape[0], settings.block
-    if length <= block:
-        raise ValueError(f"window of {length} tokens must be longer than the block of {block}")
-    rows = row_of(model)
+    if length < 2 * block:
+        raise ValueError(f"window of {length} tokens must hold two blocks of {block}")
+    states = None
+    if isinstance(model, FeatureDecoder):
+        if features is None:
+            raise ValueError("a feature-conditioned drafter needs teacher targets with features")
+        states = model.states_of(features)
+    chance = random.Random(seed)
     if settings.mode == "all":
-        stream = full_stream(model, tokens)
-        full = branch(model.logits(stream.hidden), target, settings.objective.full, rows)
-        possible = list(range(length % block or block, length, block))
+        x = None if states is None else model.inputs(tokens[None], states[None])
+        stream = full_stream(model, tokens, x)
+        full = _branch(model, [stream.hidden[None]], target, [0], settings.objective.full)
+        # Blocks begin anywhere, so that every place and every remainder by the chunk size comes up.
+        possible = list(range(1 + chance.randrange(block), length - block + 1, block))
     else:
-        stream, hidden = _frozen_prefix(model, tokens, length - block)
-        full = branch(
-            model.logits(hidden),
-            _part(target, [length - block], block),
-            settings.objective.full,
-            rows,
-        )
+        stream, hidden = _frozen_prefix(model, tokens, length - block, states)
         possible = [length - block]
+        full = _branch(model, [hidden], target, possible, settings.objective.full)
     sparse = []
-    for number, view in enumerate(views):
+    for view in views:
         count = max(1, round(len(possible) * settings.share))
-        starts = sorted(random.Random(f"{seed}:{number}").sample(possible, count))
-        hidden = sparse_view(model, tokens, stream, view, starts, block)
-        sparse.append(
-            branch(
-                model.logits(hidden.flatten(0, 1)),
-                _part(target, starts, block),
-                settings.objective.sparse,
-                rows,
-            )
-        )
+        starts = sorted(chance.sample(possible, count))
+        steps = 1 if states is None else settings.draft_steps
+        hidden = drafted_view(model, tokens, stream, view, starts, block, states, steps)
+        sparse.append(_branch(model, hidden, target, starts, settings.objective.sparse))
     return settings.objective.total(full, sparse), full, sparse
 
 
-def _frozen_prefix(model: Decoder, tokens: Tensor, start: int) -> tuple[Stream, Tensor]:
+def _branch(
+    model: Decoder, steps: Sequence[Tensor], target: TeacherTarget, starts: Sequence[int], loss: str
+) -> Branch:
+    """The branch of blocks' states ``[N, n, C]``, averaged over draft steps; figures of the first."""
+    rows, length = row_of(model), steps[0].shape[1]
+    branches = []
+    for step, hidden in enumerate(steps):
+        at = torch.cat([torch.arange(s + step, s + length) for s in starts])
+        part = TeacherTarget(target.ids[at], target.probs[at])
+        logits = model.logits(hidden[:, step:].flatten(0, 1))
+        branches.append(branch(logits, part, loss, rows))
+    first = branches[0]
+    mean = torch.stack([b.loss for b in branches]).mean()
+    return replace(first, loss=mean, deeper=tuple(b.agreement for b in branches[1:]))
+
+
+def _frozen_prefix(
+    model: Decoder, tokens: Tensor, start: int, states: Tensor | None
+) -> tuple[Stream, Tensor]:
     """A stream whose keys carry no gradient, and the continuation's states under a full view."""
     with torch.no_grad():
-        stream = full_stream(model, tokens)
+        x = None if states is None else model.inputs(tokens[None], states[None])
+        stream = full_stream(model, tokens, x)
     everything = View(tokens.shape[0] + 1, make_policy("sink_window"))
-    hidden = sparse_view(model, tokens, stream, everything, [start], tokens.shape[0] - start)
-    return stream, hidden[0]
-
-
-def _part(target: TeacherTarget, starts: Sequence[int], length: int) -> TeacherTarget:
-    at = torch.cat([torch.arange(s, s + length) for s in starts])
-    return TeacherTarget(target.ids[at], target.probs[at])
+    rest = tokens.shape[0] - start
+    return stream, drafted_view(model, tokens, stream, everything, [start], rest, states)[0]
 
 
 class Trainer:
@@ -218,6 +237,13 @@ class Trainer:
                 f"{settings.windows} windows a step cannot be shared by {self.processes}"
             )
         self.counts = [len(store) for store in self.stores]
+        longest = max(store.windows.shape[1] for store in self.stores)
+        largest = max(settings.budgets.probabilities())
+        if settings.views and largest > longest:
+            raise ValueError(
+                f"budget {largest} is above the longest window of {longest} tokens: such a view"
+                " is never sparse"
+            )
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
@@ -237,10 +263,12 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         for i in range(self.rank * share, (self.rank + 1) * share):
             store, window = self._window(self.step * settings.windows + i)
-            tokens, target = self.stores[store].tokens(window), self.stores[store].target(window)
+            tokens, target, features = self._read(store, window)
             with torch.autocast(device, torch.bfloat16, enabled=settings.autocast):
                 seed = f"blocks:{settings.seed}:{self.step}:{i}"
-                loss, full, sparse = window_loss(self.model, tokens, target, settings, views, seed)
+                loss, full, sparse = window_loss(
+                    self.model, tokens, target, settings, views, seed, features
+                )
             (loss / share).backward()
             tokens_seen += tokens.shape[0]
             branches.append((loss.item(), full, sparse))
@@ -274,6 +302,16 @@ class Trainer:
         }
         self.step += 1
         return line
+
+    def _read(self, store: int, window: int) -> tuple[Tensor, TeacherTarget, Tensor | None]:
+        """Tokens, teacher target and, where they are needed, features of a window, on the device."""
+        device, source = self.model.device, self.stores[store]
+        target = source.target(window)
+        target = TeacherTarget(target.ids.to(device), target.probs.to(device))
+        features = None
+        if isinstance(self.model, FeatureDecoder):
+            features = source.features(window).to(device)
+        return source.tokens(window).to(device), target, features
 
     def _window(self, index: int) -> tuple[int, int]:
         """Store and window of the ``index``-th window trained on: stores in turn by their tokens."""
@@ -356,7 +394,11 @@ def _figures(branches: Sequence[Branch]) -> dict[str, float]:
         "loss": _mean([b.loss.item() for b in branches]),
         "alpha": _mean([b.alpha for b in branches]),
         "agreement": _mean([b.agreement for b in branches]),
-    }
+    } | (
+        {"deeper": [_mean(list(one)) for one in zip(*(b.deeper for b in branches), strict=True)]}
+        if branches[0].deeper
+        else {}
+    )
 
 
 def _mean(values: Sequence[float]) -> float:

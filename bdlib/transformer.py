@@ -20,7 +20,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -366,23 +366,19 @@ class Decoder(nn.Module):
         h = self._norm(hidden, self.final_norm)
         return self.head(h).to(self._wide)
 
-    def hidden(
-        self,
-        tokens: Tensor,
-        cache: Any = None,
-        taps: Sequence[int] = (),
-        tapped: list | None = None,
-    ) -> Tensor:
+    def hidden(self, tokens: Tensor, cache: Any = None, x: Tensor | None = None) -> Tensor:
         """Residual stream after the last layer, before the final norm, ``[B, n, C]``.
 
-        The residual streams after the layers in ``taps`` are appended to ``tapped`` in layer order.
+        ``x`` ``[B, n, C]`` replaces the embeddings of the tokens where given. A full cache made with
+        ``taps`` keeps the residual stream after those layers.
         """
         n = tokens.shape[1]
         start = 0 if cache is None else cache.length
         if cache is not None:
             cache.reserve(n)
         cos, sin = self.rotations(start, start + n)
-        x = self.embed(tokens)  # [B, n, C]
+        x = self.embed(tokens) if x is None else x  # [B, n, C]
+        taps = getattr(cache, "taps", ())
         for index, layer in enumerate(self.layers):
             q, k, v = self.project(layer, x, cos, sin)
             if cache is None:
@@ -391,7 +387,7 @@ class Decoder(nn.Module):
                 attended = cache.attend(index, q, k, v)
             x = self.finish(layer, x, attended)
             if index in taps:
-                tapped.append(x)
+                cache.keep_features(index, x)
         if cache is not None:
             cache.advance(n)
         return x

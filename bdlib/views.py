@@ -75,7 +75,6 @@ def sparse_view(
     view: View,
     starts: Sequence[int],
     length: int,
-    x: Tensor | None = None,
 ) -> Tensor:
     """Replay the blocks at ``starts``, ``length`` tokens each, under one view.
 
@@ -83,12 +82,40 @@ def sparse_view(
     ----------
     tokens
         The whole window, ``[T]``.
-    x
-        Inputs ``[blocks, length, C]`` in place of the embeddings.
 
     Returns
     -------
     Residual stream after the last layer, ``[blocks, length, C]``.
+    """
+    return drafted_view(model, tokens, stream, view, starts, length)[0]
+
+
+def drafted_view(
+    model: Decoder,
+    tokens: Tensor,
+    stream: Stream,
+    view: View,
+    starts: Sequence[int],
+    length: int,
+    states: Tensor | None = None,
+    steps: int = 1,
+) -> list[Tensor]:
+    """Replay blocks as a feature-conditioned drafter meets them: ``steps`` draft steps deep.
+
+    The first step reads the target's states. In step ``k`` slot ``i`` reads the drafter's own output
+    of step ``k - 1`` at slot ``i - 1`` instead, and attends to what its cache would then hold: the
+    chosen entries, this block's entries of the first step up to slot ``i - k``, and one entry of each
+    step since. (Training-time test, as in EAGLE-3, arXiv 2503.01840.) Slots before ``k`` are void.
+
+    Parameters
+    ----------
+    states
+        The target's states ``[T, C]`` as each slot reads them; ``None`` for a drafter that reads
+        tokens alone, which has one step.
+
+    Returns
+    -------
+    Residual stream after the last layer of each step, ``[blocks, length, C]``.
     """
     if view.budget <= length:
         raise ValueError(f"budget {view.budget} must be above the block length {length}")
@@ -96,20 +123,40 @@ def sparse_view(
     for start in starts:
         if not 1 <= start <= last:
             raise ValueError(f"block start {start} must be in 1..{last}")
-    blocks = torch.stack([tokens[s : s + length] for s in starts])  # [N, length]
+    if not 1 <= steps <= (length if states is not None else 1):
+        raise ValueError(f"steps {steps} must be in 1..{length}, and 1 without states")
     cos, sin = model.rotations(0, tokens.shape[0])
     at = torch.tensor([list(range(s, s + length)) for s in starts], device=tokens.device)
     cos, sin = cos[at], sin[at]  # [N, length, 1, D]
-    x = model.embed(blocks) if x is None else x
-    for index, layer in enumerate(model.layers):
-        q, k, v = model.project(layer, x, cos, sin)
+    blocks = tokens[at]  # [N, length]
+    kept = []  # of each layer: keys, values and which of them are real
+    for index in range(len(model.layers)):
         chosen, visible = choose(stream, index, view, starts, length)
-        old_k, old_v = (_take(t[index][0], chosen) for t in (stream.keys, stream.values))
-        attended = _attend(
-            q, torch.cat((old_k, k.to(q.dtype)), 2), torch.cat((old_v, v), 2), visible
-        )
-        x = model.finish(layer, x, attended)
-    return x
+        old = [_take(t[index][0], chosen) for t in (stream.keys, stream.values)]
+        kept.append([*old, visible])
+    outputs: list[Tensor] = []
+    for step in range(steps):
+        if states is None:
+            x = model.embed(blocks)
+        else:
+            own = F.pad(outputs[-1][:, :-1], (0, 0, 1, 0)) if step else states[at]
+            x = model.inputs(blocks, own)
+        mask = _block_mask(length, step, tokens.device)
+        for index, layer in enumerate(model.layers):
+            q, k, v = model.project(layer, x, cos, sin)
+            keys, values, visible = kept[index]
+            keys, values = torch.cat((keys, k.to(q.dtype)), 2), torch.cat((values, v), 2)
+            kept[index][:2] = keys, values
+            x = model.finish(layer, x, _attend(q, keys, values, visible, mask))
+        outputs.append(x)
+    return outputs
+
+
+def _block_mask(length: int, step: int, device: torch.device) -> Tensor:
+    """What slot ``i`` of a block sees of the block's entries of steps 0 to ``step``, ``[n, steps n]``."""
+    ahead = torch.arange(length, device=device)[:, None] - torch.arange(length, device=device)
+    parts = [ahead >= step] + [ahead == step - k for k in range(1, step + 1)]
+    return torch.cat(parts, 1)
 
 
 @torch.no_grad()
@@ -150,11 +197,10 @@ def _take(entries: Tensor, chosen: Tensor) -> Tensor:
     return entries.reshape(heads * length, dim).index_select(0, flat).view(*chosen.shape, dim)
 
 
-def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> Tensor:
-    """Blocks over their entries (those visible) and causally over themselves: ``[N, H, n, D]``."""
+def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, own: Tensor) -> Tensor:
+    """Blocks over their chosen entries (those visible) and, by ``own``, themselves: ``[N, H, n, D]``."""
     blocks, heads, n, dim = q.shape
     kv_heads = k.shape[1]
-    own = torch.ones(n, n, dtype=torch.bool, device=q.device).tril_()
     mask = torch.cat((visible[:, None].expand(-1, n, -1), own.expand(blocks, -1, -1)), -1)
     mask = mask[:, None, None].expand(-1, -1, heads // kv_heads, -1, -1).flatten(2, 3)
     grouped = q.reshape(blocks, kv_heads, -1, dim)
