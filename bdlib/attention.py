@@ -90,10 +90,11 @@ def attention_weights(q: Tensor, k: Tensor, positions: Tensor | None = None) -> 
     positions
         Position of each query ``[n]``; keys after it are masked. ``None``: every key is visible.
     """
-    batch, _, n, dim = q.shape
+    batch, heads, n, dim = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
     grouped = q.reshape(batch, kv_heads, -1, dim)
-    scores = (grouped @ k.transpose(-1, -2)).float().view(batch, kv_heads, -1, n, length)
+    scores = (grouped @ k.transpose(-1, -2)).float()
+    scores = scores.view(batch, kv_heads, heads // kv_heads, n, length)
     if positions is not None:
         future = torch.arange(length, device=q.device) > positions[:, None]
         scores = scores.masked_fill(future, float("-inf"))

@@ -140,6 +140,10 @@ class KVCache:
             raise ValueError(f"features {start}..{stop} asked of a cache of {self.length} tokens")
         return self._features[:, start:stop]
 
+    def feature_bytes(self) -> int:
+        """Bytes allocated for features."""
+        return self._features.nbytes
+
     def keys(self, layer: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Rotated keys ``[B, H_kv, T, D]`` of positions ``start`` to ``stop``, a view."""
         return self._keys[layer][:, :, start : self.length if stop is None else stop]

@@ -223,8 +223,8 @@ def generate(
     result = Generation(len(prompt), gamma)
     if cache is None:
         clock = _Clock(target.device)
-        observe = None if drafter is None else drafter.observe
-        cache = prefill(target, prompt, len(prompt) + max_new_tokens, observe)
+        needs = {} if drafter is None else {"observe": drafter.observe, "taps": drafter.taps}
+        cache = prefill(target, prompt, len(prompt) + max_new_tokens, **needs)
         clock.lap("prefill")
         result.prefill_seconds = clock.read()["prefill"]
     rounds = decode(

@@ -36,6 +36,8 @@ class Drafter(ABC):
     name: str
     observe: Policy | None = None
     """The policy whose queries the *target's* cache must log for this drafter."""
+    taps: tuple[int, ...] = ()
+    """Layers of the target whose output its cache must keep for this drafter."""
 
     @abstractmethod
     def start(self, prompt: Tensor, cache: KVCache, capacity: int) -> None:
@@ -73,6 +75,14 @@ def _check_refresh(refresh: int | None) -> None:
         raise ValueError(f"refresh {refresh} must be None (select once) or at least 1 round")
 
 
+def _run(
+    model: Decoder, tokens: Tensor, cache: KVCache | SparseKVCache, states: Tensor | None
+) -> Tensor:
+    """Residual stream ``[1, n, C]`` of ``tokens`` ``[1, n]``; with ``states`` ``[n, C]`` beside them."""
+    x = None if states is None else model.inputs(tokens, states[None])
+    return model.hidden(tokens, cache, x)
+
+
 def _draft(
     model: Decoder,
     cache: KVCache | SparseKVCache,
@@ -80,15 +90,21 @@ def _draft(
     n: int,
     sampling: Sampling,
     generator: torch.Generator | None,
+    states: Tensor | None = None,
 ) -> Proposal:
-    """Run ``model`` token by token for ``n`` drafts, after taking in the ``pending`` tokens."""
+    """Run ``model`` token by token for ``n`` drafts, after taking in the ``pending`` tokens.
+
+    ``states`` ``[pending, C]`` are what a feature-conditioned model reads beside the pending tokens;
+    beside its own drafts it reads its own output.
+    """
     step = min(len(pending), getattr(cache, "budget", len(pending)))
     tokens = torch.tensor([pending], device=model.device)
     for first in range(0, len(pending), step):
-        logits = model(tokens[:, first : first + step], cache, last_only=True)[:, 0]
+        part = slice(first, first + step)
+        hidden = _run(model, tokens[:, part], cache, None if states is None else states[part])
     drafted, probs = [], []
     for i in range(n):
-        token, row = sampling.draw(logits, generator)
+        token, row = sampling.draw(model.logits(hidden[:, -1:])[:, 0], generator)
         if model.vocabulary is not None:  # from rows of the head to token ids
             token = model.vocabulary[token]
             if row is not None:
@@ -97,7 +113,8 @@ def _draft(
         drafted.append(token)
         probs.append(row)
         if i + 1 < n:
-            logits = model(token[:, None], cache, last_only=True)[:, 0]
+            own = None if states is None else hidden[0, -1:]
+            hidden = _run(model, token[:, None], cache, own)
     return Proposal(torch.cat(drafted), None if sampling.greedy else torch.cat(probs))
 
 
@@ -158,6 +175,16 @@ class ModelDrafter(Drafter):
 
     Its full cache lives only from the prompt's prefill to the first selection, unless ``refresh``
     asks for it again; then it is kept (and counted in ``kv_bytes``).
+
+    Parameters
+    ----------
+    model
+        A standalone drafter, or a :class:`bdlib.models.FeatureDecoder`, which reads the target's states
+        of verified positions and its own output beside its drafts.
+    budget
+        Entries kept per layer and KV head; ``None`` keeps as many as decoding may reach.
+    refresh
+        Choose the entries anew every ``refresh`` rounds; ``None`` chooses once, after the prompt.
     """
 
     def __init__(
@@ -173,27 +200,47 @@ class ModelDrafter(Drafter):
             policy.check(budget)
         self.model, self.policy, self.budget, self.refresh = model, policy, budget, refresh
         self.piece = piece
-        self.name = "model"
+        self.taps = getattr(model, "taps", ())
+        self.name = "feature" if self.taps else "model"
 
     def start(self, prompt: Tensor, cache: KVCache, capacity: int) -> None:
+        if self.taps and cache.taps != self.taps:
+            raise ValueError(
+                f"the target's cache keeps the layers {cache.taps}, this drafter reads {self.taps};"
+                " prefill it with taps=drafter.taps"
+            )
+        self._target_cache = cache
         budget = self.budget if self.budget is not None else capacity
-        keep = self.refresh is not None or self.policy.per_step
-        rest = (self.model.config, budget, self.policy, 1, self.model.dtype, self.model.device)
-        self.cache = SparseKVCache(*rest)
-        size = capacity if keep else max(1, len(prompt) - 1)
-        self._full: KVCache | None = prefill(
-            self.model, prompt, size, observe=self.policy, piece=self.piece
-        )
-        self._keep = keep
+        self._keep = self.refresh is not None or self.policy.per_step
+        place = (1, self.model.dtype, self.model.device)
+        self.cache = SparseKVCache(self.model.config, budget, self.policy, *place)
+        size = capacity if self._keep else max(1, len(prompt) - 1)
+        self._full: KVCache | None = KVCache(self.model.config, size, *place, observe=self.policy)
+        self._take_in(prompt[:-1])
         self._pending: list[int] = []
         self._behind: list[int] = []  # emitted tokens that the kept full cache lacks
+
+    def _take_in(self, tokens: Tensor) -> None:
+        """Add verified tokens ``[n]`` to the full cache, a piece at a time."""
+        for part in tokens.to(self.model.device).split(self.piece):
+            if part.numel():
+                states = self._states(self._full.length, len(part))
+                _run(self.model, part[None], self._full, states)
+
+    def _states(self, start: int, n: int) -> Tensor | None:
+        """What slots ``start`` to ``start + n`` read of the target: its states one position earlier."""
+        if not self.taps:
+            return None
+        known = self._target_cache.features(max(0, start - 1), start + n - 1)[0]
+        states = self.model.state(known)
+        return states if start else torch.cat((states.new_zeros(1, states.shape[-1]), states))
 
     def select(self, rounds: int) -> None:
         again = self.refresh and rounds % self.refresh == 0
         if rounds and not again:
             return
         if self._behind:
-            self.model.hidden(torch.tensor([self._behind], device=self.model.device), self._full)
+            self._take_in(torch.tensor(self._behind))
             self._behind = []
         self.cache.fill(self._full)
         self._pending = []
@@ -202,15 +249,21 @@ class ModelDrafter(Drafter):
 
     def propose(self, last, n, sampling, generator):
         self._pending.append(last)
-        self._behind.append(last)
-        self._base = self.cache.length + len(self._pending)
-        return _draft(self.model, self.cache, self._pending, n, sampling, generator)
+        if self._keep:
+            self._behind.append(last)
+        start = self.cache.length
+        self._base = start + len(self._pending)
+        states = self._states(start, len(self._pending))
+        return _draft(self.model, self.cache, self._pending, n, sampling, generator, states)
 
     def commit(self, emitted: list[int], accepted: int) -> None:
         # Drafting ran the model on every draft but the last: a fully accepted draft leaves it over.
-        known = min(self._base + accepted, self.cache.length)
+        # Beside its drafts a feature-conditioned model read its own output: those entries go.
+        usable = 0 if self.taps else accepted
+        known = min(self._base + usable, self.cache.length)
         self._pending = emitted[known - self._base : -1]
-        self._behind.extend(emitted[:-1])
+        if self._keep:
+            self._behind.extend(emitted[:-1])
         self.cache.rewind(known)
         if self.policy.per_step:
             self.select(0)
@@ -222,7 +275,8 @@ class ModelDrafter(Drafter):
     @property
     def kv_bytes(self) -> int:
         entries = self.cache.budget + (self._full.capacity if self._full else 0)
-        return self.model.config.kv_bytes(entries, self.model.dtype)
+        features = self._target_cache.feature_bytes()
+        return self.model.config.kv_bytes(entries, self.model.dtype) + features
 
 
 class NGramDrafter(Drafter):
@@ -272,6 +326,7 @@ def prefill(
     capacity: int,
     observe: Policy | None = None,
     piece: int = 1024,
+    taps: tuple[int, ...] = (),
 ) -> KVCache:
     """Run all of a prompt but its last token, ``piece`` tokens at a time, into a new full cache.
 
@@ -284,10 +339,12 @@ def prefill(
         Token ids ``[T]``, at least one.
     capacity
         Positions to allocate, in tokens.
+    observe, taps
+        What a drafter needs logged meanwhile: its own ``observe`` and ``taps``.
     """
     if prompt.dim() != 1 or not prompt.numel():
         raise ValueError(f"prompt must hold at least one token, got shape {tuple(prompt.shape)}")
-    cache = KVCache(model.config, capacity, 1, model.dtype, model.device, observe)
+    cache = KVCache(model.config, capacity, 1, model.dtype, model.device, observe, taps)
     tokens = prompt[None, :-1].to(model.device)
     with torch.inference_mode():
         for part in tokens.split(piece, dim=1):

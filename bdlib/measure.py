@@ -386,7 +386,9 @@ def make_drafter(settings: MeasureSettings, pair: Pair) -> Drafter:
     if settings.drafter == "self":
         return SelfDrafter(pair.target, policy, budget, settings.refresh)
     if pair.drafter is None:
-        raise ValueError(f"drafter {settings.drafter!r}: the pair {pair.name!r} has no second model")
+        raise ValueError(
+            f"drafter {settings.drafter!r}: the pair {pair.name!r} has no second model"
+        )
     return ModelDrafter(pair.drafter, policy, budget, settings.refresh)
 
 
@@ -405,9 +407,7 @@ def _prompts(
     ]
 
 
-def _warm_up(
-    settings: MeasureSettings, pair: Pair, drafter: Drafter, prompt: torch.Tensor
-) -> None:
+def _warm_up(settings: MeasureSettings, pair: Pair, drafter: Drafter, prompt: torch.Tensor) -> None:
     """Run everything once on a short prompt, so that no sample pays for first-time set-up."""
     import torch
 
@@ -462,7 +462,9 @@ def _sample(
 
     synchronise(pair.device)
     began = time.perf_counter()
-    cache = prefill(pair.target, prompt, settings.context, drafter.observe)
+    cache = prefill(
+        pair.target, prompt, settings.context, observe=drafter.observe, taps=drafter.taps
+    )
     synchronise(pair.device)
     prefill_seconds = time.perf_counter() - began
     log = cache.log

@@ -46,19 +46,22 @@ def export(drafter: Decoder, folder: str | Path, target: Decoder) -> None:
         For a feature-conditioned drafter: transformers has no model that reads another's states.
     """
     if isinstance(drafter, FeatureDecoder):
-        raise ValueError("a feature-conditioned drafter reads the target's states and cannot stand alone")
-    whole = Decoder(replace(drafter.config, tie_embeddings=drafter.vocabulary is None))
-    state = {k: v for k, v in drafter.state_dict().items() if k != "head.weight"}
+        raise ValueError(
+            "a feature-conditioned drafter reads the target's states and cannot stand alone"
+        )
+    tied = drafter.vocabulary is None and drafter.config.tie_embeddings
+    whole = Decoder(replace(drafter.config, tie_embeddings=tied))
+    state = {"embedding": drafter.embedding.detach(), "final_norm": drafter.final_norm.detach()}
+    head = drafter.head.dense()
     if drafter.vocabulary is not None:
         head = target.head.dense().to(drafter.dtype, copy=True)
         head[drafter.vocabulary] = drafter.head.dense()
-        state["head.weight"] = head
-    for name, module in drafter.named_modules():  # packed matrices are in no state dictionary
-        if isinstance(module, Linear) and name != "head":
+    state["head.weight"] = head
+    for name, module in drafter.layers.named_modules(prefix="layers"):
+        if isinstance(module, Linear):  # packed matrices are in no state dictionary
             state[f"{name}.weight"] = module.dense()
-    whole.load_state_dict(state, assign=True, strict=drafter.vocabulary is not None)
-    if drafter.vocabulary is None:
-        whole.head.weight = whole.embedding
+    state |= {k: v for k, v in drafter.state_dict().items() if k not in state and "layers." in k}
+    whole.load_state_dict(state, assign=True)
     whole.save(folder)
 
 
@@ -209,9 +212,9 @@ def row_of(drafter: Decoder) -> Tensor | None:
 
 def _own_weights(drafter: Decoder) -> dict[str, Tensor]:
     weights = {}
+    tied = drafter.vocabulary is None and drafter.config.tie_embeddings
     for name, tensor in drafter.state_dict().items():
-        shared = name == "embedding" or (name == "head.weight" and drafter.vocabulary is None)
-        if not shared:
+        if name != "embedding" and not (name == "head.weight" and tied):
             weights[name] = tensor.detach()
     if drafter.vocabulary is not None:
         weights["vocabulary"] = drafter.vocabulary.to(torch.int32)
@@ -287,7 +290,7 @@ def load_drafter(
         drafter.head = Linear(config.hidden_size, len(vocabulary))
     state = {k: v.to(target.device, dtype) for k, v in weights.items()}
     state["embedding"] = target.embedding.detach().to(dtype)
-    if vocabulary is None:
+    if vocabulary is None and config.tie_embeddings:
         state["head.weight"] = state["embedding"]
     missing = set(drafter.state_dict()) ^ set(state)
     if missing:
