@@ -11,6 +11,7 @@ close to each other; medians and quartiles are over steps, those of ratios over 
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -106,8 +107,6 @@ def engine(
     ValueError
         If the model is missing or damaged, or a context is beyond its positions.
     """
-    import torch
-
     from bdlib import pairs
 
     settings = settings or EngineSettings()
@@ -210,7 +209,7 @@ class _Transformers:
             streamer=Stamps(),
         )
         marks[0] = began  # the prompt is put when generate has been set up; setting up counts
-        return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+        return [after - before for before, after in itertools.pairwise(marks)]
 
 
 def _context(
@@ -287,7 +286,7 @@ def _steps(target: Decoder, cache: KVCache, prompt: torch.Tensor, count: int) ->
     for _ in decode(target, cache, prompt, max_new_tokens=count + 1):
         synchronise(target.device)
         marks.append(time.perf_counter())
-    return [after - before for before, after in zip(marks, marks[1:], strict=False)]
+    return [after - before for before, after in itertools.pairwise(marks)]
 
 
 def _verify(

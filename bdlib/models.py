@@ -12,7 +12,8 @@ then does what a standalone drafter needs several for; from the second draft ste
 output in place of the target's.
 
 A drafter's folder holds ``drafter.json`` (shape, layers, provenance), ``drafter.safetensors`` (its own
-weights; the target's frozen embedding is not copied) and ``README.md``, a model card.
+weights; the target's frozen embedding is not copied) and ``README.md``, a model card. Matrices are
+stored in 8 bits with a scale a row, half the size of bfloat16, and come back in the asked dtype.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from torch import Tensor, nn
 from bdlib.transformer import Decoder, DecoderConfig, Linear
 
 SCHEMA = 1
-CONFIG_FILE, WEIGHTS_FILE = "drafter.json", "drafter.safetensors"
+CONFIG_FILE, WEIGHTS_FILE, SCALE = "drafter.json", "drafter.safetensors", ":scale"
 
 
 def export(drafter: Decoder, folder: str | Path, target: Decoder) -> None:
@@ -65,14 +66,22 @@ def export(drafter: Decoder, folder: str | Path, target: Decoder) -> None:
     whole.save(folder)
 
 
-def most_frequent(tokens: Iterable[Tensor], vocabulary: int, size: int) -> Tensor:
-    """The ``size`` most frequent token ids, ascending ``[size]``; ties go to the smaller id."""
+def draft_vocabulary(tokens: Iterable[Tensor], vocabulary: int, size: int) -> Tensor:
+    """The ``size`` token ids a drafter should score, ascending ``[size]``; ties go to the smaller id.
+
+    The most frequent ones of a mixture: half the counts in ``tokens``, half a prior for other kinds of
+    text. A byte-pair tokenizer numbers its merges in the order of their frequency in the text that it
+    was made from, so the prior is Zipf's law over the ids. Novels alone would miss the words of a
+    meeting: of the target's probability there, 16,384 rows hold 85 % by counts, 91 % by the mixture.
+    """
     if not 1 <= size <= vocabulary:
         raise ValueError(f"draft vocabulary of {size} tokens must be in 1..{vocabulary}")
-    counts = torch.zeros(vocabulary, dtype=torch.int64)
+    counts = torch.zeros(vocabulary, dtype=torch.float64)
     for part in tokens:
         counts += torch.bincount(part.flatten(), minlength=vocabulary)
-    return counts.sort(descending=True, stable=True).indices[:size].sort().values
+    prior = 1 / (torch.arange(vocabulary, dtype=torch.float64) + 300)
+    mixture = counts / counts.sum().clamp_min(1) + prior / prior.sum()
+    return mixture.sort(descending=True, stable=True).indices[:size].sort().values
 
 
 def cut_from(target: Decoder, layers: Iterable[int], vocabulary: Tensor | None = None) -> Decoder:
@@ -181,7 +190,8 @@ def conditioned_on(
         for module in drafter.modules():
             if isinstance(module, Linear) and module is not drafter.head:
                 module.weight.normal_(0.0, module.shape[1] ** -0.5, generator=generator)
-        drafter.final_norm.copy_(target.final_norm)
+        # A quarter: the first guesses are then nearly even, and training need not undo loud ones.
+        drafter.final_norm.copy_(target.final_norm * 0.25)
     drafter.embedding = nn.Parameter(target.embedding.detach().float().clone(), False)
     if drafter.config.tie_embeddings:
         drafter.head.weight = drafter.embedding
@@ -224,15 +234,19 @@ def _own_weights(drafter: Decoder) -> dict[str, Tensor]:
 def save_drafter(
     drafter: Decoder, folder: str | Path, card: str, provenance: Mapping[str, Any] | None = None
 ) -> None:
-    """Write a drafter's folder; weights in bfloat16, each file under a temporary name first."""
+    """Write a drafter's folder; each file under a temporary name first."""
     from safetensors.torch import save_file
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {
-        k: (v if v.dtype == torch.int32 else v.to(torch.bfloat16)).contiguous()
-        for k, v in _own_weights(drafter).items()
-    }
+    weights = {}
+    for name, tensor in _own_weights(drafter).items():
+        if tensor.dim() == 2 and tensor.is_floating_point() and not name.endswith("norm"):
+            scale = tensor.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
+            weights[name] = (tensor.float() / scale).round().to(torch.int8)
+            weights[f"{name}{SCALE}"] = scale
+        else:
+            weights[name] = tensor.float() if tensor.is_floating_point() else tensor
     meta = {
         "schema": SCHEMA,
         "kind": "feature" if isinstance(drafter, FeatureDecoder) else "standalone",
@@ -241,7 +255,7 @@ def save_drafter(
         "provenance": dict(provenance or {}),
     }
     scratch = folder / f"{WEIGHTS_FILE}.writing"
-    save_file(weights, scratch)
+    save_file({k: v.contiguous() for k, v in weights.items()}, scratch)
     os.replace(scratch, folder / WEIGHTS_FILE)
     for name, text in ((CONFIG_FILE, json.dumps(meta, indent=2) + "\n"), ("README.md", card)):
         scratch = folder / f"{name}.writing"
@@ -281,6 +295,9 @@ def load_drafter(
     # Positions and their scaling are the target's: YaRN, when it is used, stretches both.
     config = replace(config, max_positions=target.config.max_positions, rope=target.config.rope)
     vocabulary = weights.pop("vocabulary", None)
+    scales = {k: weights.pop(k) for k in list(weights) if k.endswith(SCALE)}
+    for name, scale in scales.items():
+        weights[name.removesuffix(SCALE)] = weights[name.removesuffix(SCALE)].float() * scale
     with torch.device("meta"):
         if meta["kind"] == "feature":
             drafter = FeatureDecoder(config, tuple(meta["taps"]))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,12 +42,18 @@ class TeacherSettings:
         Number ``K`` of most probable tokens.
     taps
         Layers whose output (residual stream) is kept too; empty for none.
+    last
+        Keep the targets of the last so many positions only; ``None`` keeps all. (The paper trains on
+        256 of 16,384.) Features are always kept for all positions.
     """
 
     top: int = 32
     taps: tuple[int, ...] = ()
+    last: int | None = None
 
     def __post_init__(self) -> None:
+        if self.last is not None and self.last < 1:
+            raise ValueError(f"last {self.last} must be None (all positions) or at least 1")
         if self.top < 1:
             raise ValueError(f"top {self.top} must be at least 1")
         if sorted(set(self.taps)) != list(self.taps):
@@ -74,10 +81,14 @@ class TeacherStore:
             raise ValueError(
                 f"{folder}: teacher targets of schema {self.meta.get('schema')}, need {SCHEMA}"
             )
-        self._arrays = {
-            name: np.load(self.folder / f"{name}.npy", mmap_mode="r")
-            for name in self.meta["arrays"]
-        }
+        try:
+            self._arrays = {
+                name: np.load(self.folder / f"{name}.npy", mmap_mode="r")
+                for name in self.meta["arrays"]
+            }
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{folder}: the teacher targets are damaged: {error}") from error
+        self._checked: set[int] = set()
         self.windows = self._arrays["tokens"]
 
     @property
@@ -91,8 +102,26 @@ class TeacherStore:
         """Token ids ``[T]``."""
         return torch.from_numpy(self.windows[window].astype(np.int64))
 
+    def check(self, window: int) -> None:
+        """Compare a window with its checksum; each is read once in a run, so this is done once.
+
+        Raises
+        ------
+        ValueError
+            If the files were altered since they were written.
+        """
+        if window in self._checked:
+            return
+        if window >= self.done or _sum(self._arrays, window) != int(self._arrays["sums"][window]):
+            raise ValueError(
+                f"{self.folder}: window {window} of the teacher targets is incomplete or damaged;"
+                " remove the folder and compute it again"
+            )
+        self._checked.add(window)
+
     def target(self, window: int) -> TeacherTarget:
-        """The target's distribution after each of the ``T`` tokens."""
+        """The target's distribution after each of the ``T`` tokens (or the last ones kept)."""
+        self.check(window)
         ids = torch.from_numpy(self._arrays["ids"][window].astype(np.int64))
         probs = torch.from_numpy(self._arrays["logp"][window].astype(np.float32)).exp()
         return TeacherTarget(ids, probs)
@@ -108,6 +137,23 @@ class TeacherStore:
 def digest(windows: np.ndarray) -> str:
     """SHA-256 of the token ids: what a store and a checkpoint were made from."""
     return hashlib.sha256(np.ascontiguousarray(windows).tobytes()).hexdigest()
+
+
+def check_made_by(store: TeacherStore, target: Decoder, drafter: Decoder) -> None:
+    """Refuse targets of another model than the one at hand, or of another vocabulary than the drafter's.
+
+    Raises
+    ------
+    ValueError
+        Naming what differs.
+    """
+    if store.meta["weights"] != _weights_digest(target):
+        raise ValueError(f"{store.folder} holds the targets of another model than the one loaded")
+    sizes = store.meta["model"]["vocab_size"], drafter.config.vocab_size
+    if sizes[0] != sizes[1]:
+        raise ValueError(
+            f"{store.folder}: the teacher's vocabulary has {sizes[0]} tokens, the drafter's {sizes[1]}"
+        )
 
 
 def _weights_digest(target: Decoder) -> str:
@@ -147,10 +193,12 @@ def compute(
     kind = np.uint16 if target.config.vocab_size <= 1 << 16 else np.uint32
     tokens = stacked.numpy().astype(kind)
     folder = Path(folder)
+    kept = min(settings.last or tokens.shape[1], tokens.shape[1])
     shapes = {
         "tokens": (tokens.shape, kind),
-        "ids": ((*tokens.shape, settings.top), kind),
-        "logp": ((*tokens.shape, settings.top), np.float16),
+        "ids": ((len(tokens), kept, settings.top), kind),
+        "logp": ((len(tokens), kept, settings.top), np.float16),
+        "sums": ((len(tokens),), np.uint32),
     }
     if settings.taps:
         width = target.config.hidden_size
@@ -170,12 +218,21 @@ def compute(
     done = int(np.load(folder / "done.npy"))
     for window in range(done, tokens.shape[0]):
         _one_window(target, stacked[window], settings, arrays, window)
+        arrays["sums"][window] = _sum(arrays, window)
         for array in arrays.values():
             array.flush()
         _write_done(folder, window + 1)  # last, so that a counted window is a complete one
         if progress is not None:
             progress(window + 1, tokens.shape[0])
     return TeacherStore(folder)
+
+
+def _sum(arrays: dict[str, np.ndarray], window: int) -> int:
+    """A checksum (CRC-32) over everything that is kept of a window."""
+    found = 0
+    for name in sorted(set(arrays) - {"sums"}):
+        found = zlib.crc32(np.ascontiguousarray(arrays[name][window]).tobytes(), found)
+    return found
 
 
 def _prepare(folder: Path, meta: dict, shapes: dict, tokens: np.ndarray) -> None:
@@ -212,16 +269,21 @@ def _one_window(
 ) -> None:
     taps = settings.taps
     cache = KVCache(target.config, tokens.shape[0], 1, target.dtype, target.device, taps=taps)
+    missing = tokens.shape[0] - arrays["ids"].shape[1]
     for first in range(0, tokens.shape[0], PIECE):
         part = slice(first, min(first + PIECE, tokens.shape[0]))
         hidden = target.hidden(tokens[None, part].to(target.device), cache)
-        logits = target.logits(hidden)[0]  # [n, V]
+        unwanted = max(0, missing - first)  # positions at the front whose targets are not kept
+        if taps:
+            features = cache.features(part.start, part.stop)[0].to(torch.bfloat16)  # [n, taps, C]
+            arrays["features"][window, part] = features.view(torch.int16).cpu().numpy()
+        if unwanted >= hidden.shape[1]:
+            continue
+        logits = target.logits(hidden[:, unwanted:])[0]  # [n, V]
         best, ids = logits.topk(settings.top, -1)
         if not torch.isfinite(best).all():
             raise ValueError(f"window {window}: the target's logits are not numbers")
         logp = best - logits.logsumexp(-1, keepdim=True)
-        arrays["ids"][window, part] = ids.cpu().numpy()
-        arrays["logp"][window, part] = logp.cpu().numpy()
-        if taps:
-            features = cache.features(part.start, part.stop)[0].to(torch.bfloat16)  # [n, taps, C]
-            arrays["features"][window, part] = features.view(torch.int16).cpu().numpy()
+        rows = slice(part.start + unwanted - missing, part.stop - missing)
+        arrays["ids"][window, rows] = ids.cpu().numpy()
+        arrays["logp"][window, rows] = logp.cpu().numpy()

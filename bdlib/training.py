@@ -148,6 +148,12 @@ def window_loss(
     length, block = tokens.shape[0], settings.block
     if length < 2 * block:
         raise ValueError(f"window of {length} tokens must hold two blocks of {block}")
+    kept = target.ids.shape[0]
+    if kept < (length if settings.mode == "all" else block):
+        raise ValueError(
+            f"teacher targets for the last {kept} of {length} positions do not suffice for mode"
+            f" {settings.mode!r} with blocks of {block}"
+        )
     states = None
     if isinstance(model, FeatureDecoder):
         if features is None:
@@ -157,31 +163,37 @@ def window_loss(
     if settings.mode == "all":
         x = None if states is None else model.inputs(tokens[None], states[None])
         stream = full_stream(model, tokens, x)
-        full = _branch(model, [stream.hidden[None]], target, [0], settings.objective.full)
+        full = _branch(model, [stream.hidden[None]], target, [0], length, settings.objective.full)
         # Blocks begin anywhere, so that every place and every remainder by the chunk size comes up.
         possible = list(range(1 + chance.randrange(block), length - block + 1, block))
     else:
         stream, hidden = _frozen_prefix(model, tokens, length - block, states)
         possible = [length - block]
-        full = _branch(model, [hidden], target, possible, settings.objective.full)
+        full = _branch(model, [hidden], target, possible, length, settings.objective.full)
     sparse = []
     for view in views:
         count = max(1, round(len(possible) * settings.share))
         starts = sorted(chance.sample(possible, count))
         steps = 1 if states is None else settings.draft_steps
         hidden = drafted_view(model, tokens, stream, view, starts, block, states, steps)
-        sparse.append(_branch(model, hidden, target, starts, settings.objective.sparse))
+        sparse.append(_branch(model, hidden, target, starts, length, settings.objective.sparse))
     return settings.objective.total(full, sparse), full, sparse
 
 
 def _branch(
-    model: Decoder, steps: Sequence[Tensor], target: TeacherTarget, starts: Sequence[int], loss: str
+    model: Decoder,
+    steps: Sequence[Tensor],
+    target: TeacherTarget,
+    starts: Sequence[int],
+    window: int,
+    loss: str,
 ) -> Branch:
     """The branch of blocks' states ``[N, n, C]``, averaged over draft steps; figures of the first."""
     rows, length = row_of(model), steps[0].shape[1]
+    missing = window - target.ids.shape[0]  # positions at the front that the teacher did not keep
     branches = []
     for step, hidden in enumerate(steps):
-        at = torch.cat([torch.arange(s + step, s + length) for s in starts])
+        at = torch.cat([torch.arange(s + step, s + length) for s in starts]) - missing
         part = TeacherTarget(target.ids[at], target.probs[at])
         logits = model.logits(hidden[:, step:].flatten(0, 1))
         branches.append(branch(logits, part, loss, rows))

@@ -1,5 +1,7 @@
 """Teacher targets: equal to the target's own logits, resumable, never mixed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -36,11 +38,10 @@ def test_targets_are_the_targets_own(target, tmp_path):
     assert torch.equal(found.ids, expected.indices)
     assert torch.allclose(found.probs, expected.values, atol=2e-3)
     assert torch.equal(store.tokens(2), WINDOWS[2])
-    tapped = []
-    target.hidden(WINDOWS[2:3], None, (0, 2), tapped)
+    last = target.hidden(WINDOWS[2:3])[0]
     features = store.features(2).float()
     assert features.shape == (70, 2, 32)
-    assert torch.allclose(features[:, 1], tapped[1][0], atol=0.05, rtol=0.01)
+    assert torch.allclose(features[:, 1], last, atol=0.05, rtol=0.01)
 
 
 def test_an_interrupted_run_continues_where_it_stopped(target, tmp_path):
@@ -94,3 +95,41 @@ def test_a_store_knows_its_tokens(target, tmp_path):
     store = compute(target, WINDOWS[:2], tmp_path / "t", source="toy")
     assert store.meta["windows"] == teacher.digest(WINDOWS[:2].numpy().astype(np.uint16))
     assert store.meta["source"] == "toy"
+
+
+@pytest.mark.parametrize("last", [1, 30, 70, 500])
+def test_only_the_last_positions_are_kept(target, tmp_path, last, monkeypatch):
+    monkeypatch.setattr(teacher, "PIECE", 16)
+    whole = compute(target, WINDOWS, tmp_path / "whole", TeacherSettings(top=4))
+    part = compute(target, WINDOWS, tmp_path / "part", TeacherSettings(top=4, last=last))
+    for window in range(4):
+        expected, found = whole.target(window), part.target(window)
+        assert torch.equal(found.ids, expected.ids[-last:])
+        assert torch.equal(found.probs, expected.probs[-last:])
+
+
+def test_a_damaged_window_is_refused(target, tmp_path):
+    compute(target, WINDOWS, tmp_path / "t")
+    file = tmp_path / "t" / "ids.npy"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+    store = TeacherStore(tmp_path / "t")
+    store.target(0)
+    with pytest.raises(
+        ValueError, match="window 3 of the teacher targets is incomplete or damaged"
+    ):
+        store.target(3)
+    file.write_bytes(content[:100])
+    with pytest.raises(ValueError, match="damaged"):
+        TeacherStore(tmp_path / "t")
+
+
+def test_targets_of_another_model_are_refused(target, tmp_path):
+    store = compute(target, WINDOWS, tmp_path / "t")
+    teacher.check_made_by(store, target, target)
+    with pytest.raises(ValueError, match="another model"):
+        teacher.check_made_by(store, Decoder.random(CONFIG, seed=2), target)
+    other = Decoder.random(replace(CONFIG, vocab_size=60), seed=1)
+    with pytest.raises(ValueError, match="vocabulary has 61 tokens, the drafter's 60"):
+        teacher.check_made_by(store, target, other)

@@ -47,7 +47,7 @@ def prepare(folder: Path) -> tuple[Decoder, teacher.TeacherStore]:
     generator = torch.Generator().manual_seed(2)
     windows = torch.randint(0, 64, (6, 80), generator=generator)
     store = teacher.compute(target, windows, folder / "teacher", teacher.TeacherSettings(top=8))
-    vocabulary = models.most_frequent(windows, 64, 48)
+    vocabulary = models.draft_vocabulary(windows, 64, 48)
     return models.cut_from(target, (0, 2), vocabulary), store
 
 
