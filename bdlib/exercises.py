@@ -8,6 +8,7 @@ each one plausible wrong answers that it must reject.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,327 @@ class Verdict:
 
 
 TODO = Verdict(None, "replace None by your answer, run the cell again")
+
+
+# -------------------------------------------------------------------- lesson 00
+
+
+def check_own_text(
+    text: str | None,
+    run: Callable[[str], tuple[Tensor, Sequence[int]]],
+    gamma: int,
+    least: float = 0.4,
+) -> Verdict:
+    """Check a text on which n-gram lookup does well without the output going in circles.
+
+    Parameters
+    ----------
+    run
+        ``run(text)`` gives the prompt ``[T]`` and the tokens the target answers with; it is called
+        only for a usable text.
+    gamma
+        Tokens drafted per round.
+    least
+        Acceptance to exceed.
+    """
+    from bdlib.measure import distinct_n, ngram_acceptance
+
+    if text is None:
+        return TODO
+    if not isinstance(text, str):
+        hint = "; read a file with Path(name).read_text()" if hasattr(text, "read") else ""
+        return Verdict(False, f"my_text must be a string, not a {type(text).__name__}{hint}")
+    words = len(text.split())
+    if not 100 <= words <= 3000:
+        return Verdict(False, f"{words:,} words; give between 100 and 3,000")
+    prompt, tokens = run(text)
+    if len(tokens) < 24:
+        return Verdict(
+            False, f"the answer ends after {len(tokens)} tokens, too few to tell; ask for more"
+        )
+    rate, length = ngram_acceptance(prompt, tokens, gamma)
+    numbers = f"{rate or 0.0:.0%} of the n-gram drafts were accepted, {length:.2f} tokens a round"
+    if (varied := distinct_n(tokens, 2)) < 0.6:
+        return Verdict(
+            False,
+            f"{numbers}, but the output goes in circles (distinct-2 {varied:.2f}, want 0.6): that"
+            " flatters any drafter. Ask for something else",
+        )
+    if rate is None or rate <= least:
+        return Verdict(
+            False,
+            f"{numbers}; the goal is more than {least:.0%}. Lookup can only guess what stood in the"
+            " text before: which request makes the answer repeat your text?",
+        )
+    return Verdict(
+        True, f"{numbers}, and the output does not go in circles (distinct-2 {varied:.2f})"
+    )
+
+
+# -------------------------------------------------------------------- lesson 01
+
+# A toy target and drafter over 4 tokens, a draft of 2. No two probabilities of a row agree between
+# the models, every row has tokens that either of them likes better, and the bonus row is one of its
+# own, so that each mistake below shows.
+TARGET_PROBS = ((0.40, 0.30, 0.20, 0.10), (0.10, 0.20, 0.30, 0.40), (0.25, 0.55, 0.05, 0.15))
+DRAFT_PROBS = ((0.20, 0.50, 0.10, 0.20), (0.30, 0.10, 0.50, 0.10))
+
+
+def _stop(chances: Sequence[float], passed: Sequence[int]) -> float:
+    """Probability that exactly these drafts pass, each with a coin of its own."""
+    return math.prod(a if ok else 1 - a for a, ok in zip(chances, passed, strict=True))
+
+
+def _one_coin(chances: Sequence[float], passed: Sequence[int]) -> float:
+    """The same when one coin, uniform on 0 to 1, is compared with every chance."""
+    below = min((a for a, ok in zip(chances, passed, strict=True) if ok), default=1.0)
+    above = max((a for a, ok in zip(chances, passed, strict=True) if not ok), default=0.0)
+    return max(0.0, below - above)
+
+
+def _leading(passed: Sequence[int]) -> int:
+    """Drafts before the first that fails."""
+    return (*passed, 0).index(0)
+
+
+def _normed(weights: Tensor) -> Tensor:
+    return weights / weights.sum() if weights.sum() > 0 else weights
+
+
+def _residual(p: Tensor, q: Tensor, x: int) -> Tensor:
+    return _normed((p - q).clamp_min(0))
+
+
+def _overflow(p: Tensor, q: Tensor, x: int) -> Tensor:
+    """The residual as it is drawn from without normalising: what is missing falls on the last."""
+    short = (p - q).clamp_min(0)
+    short[-1] += 1 - short.sum()
+    return short
+
+
+def _point(token: int, like: Tensor) -> Tensor:
+    import torch
+
+    return torch.zeros_like(like).index_fill_(0, torch.tensor(token), 1.0)
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """A rule of verification, right or wrong, whose outcomes can be enumerated.
+
+    ``accept``, ``corrected`` take the rows of one position (target p, drafter q) and the token
+    drafted there.
+    """
+
+    accept: Callable[[Tensor, Tensor, int], Tensor | float] = lambda p, q, x: min(1.0, p[x] / q[x])
+    corrected: Callable[[Tensor, Tensor, int], Tensor] = _residual
+    bonus: Callable[[Tensor, Sequence[int]], Tensor] = lambda p, drafted: p[-1]
+    coins: Callable[[Sequence[float], Sequence[int]], float] = _stop
+    count: Callable[[Sequence[int]], int] = _leading
+
+    def outcomes(self, drafted: Sequence[int], p: Tensor, q: Tensor) -> Tensor:
+        """Probability ``[n + 1, V]`` that so many drafts are accepted and this token follows."""
+        n = len(drafted)
+        chances = [float(self.accept(p[i], q[i], x)) for i, x in enumerate(drafted)]
+        follow = [self.corrected(p[i], q[i], x) for i, x in enumerate(drafted)]
+        follow.append(self.bonus(p, drafted))
+        table = p.new_zeros(p.shape)
+        for passed in itertools.product((0, 1), repeat=n):
+            accepted = self.count(passed)
+            table[accepted] += self.coins(chances, passed) * follow[accepted]
+        return table
+
+
+_MISTAKES = {
+    "it accepts with draft_probs / target_probs: the ratio is upside down": _Rule(
+        accept=lambda p, q, x: min(1.0, q[x] / p[x])
+    ),
+    "it accepts every draft: toss a coin against target_probs / draft_probs": _Rule(
+        accept=lambda p, q, x: 1.0
+    ),
+    "it accepts no draft at all": _Rule(accept=lambda p, q, x: 0.0),
+    "it accepts with target_probs alone: divide by draft_probs": _Rule(accept=lambda p, q, x: p[x]),
+    "it accepts whenever the target finds the token likelier than the drafter does, and never"
+    " otherwise: toss a coin against the ratio": _Rule(accept=lambda p, q, x: float(p[x] >= q[x])),
+    "it accepts the target's likeliest token only, as greedy decoding does": _Rule(
+        accept=lambda p, q, x: float(x == int(p.argmax()))
+    ),
+    "after a rejection it draws from the target: draw from the residual": _Rule(
+        corrected=lambda p, q, x: p
+    ),
+    "after a rejection it draws from the drafter again": _Rule(corrected=lambda p, q, x: q),
+    "the residual is upside down: target minus drafter": _Rule(
+        corrected=lambda p, q, x: _residual(q, p, x)
+    ),
+    "the residual is not clamped: abs makes a surplus of what the drafter has too much of": _Rule(
+        corrected=lambda p, q, x: _normed((p - q).abs())
+    ),
+    "the residual is not normalised: what it lacks to 1 falls on the last token": _Rule(
+        corrected=_overflow
+    ),
+    "after a rejection it only rules out the rejected token: subtract all of draft_probs": _Rule(
+        corrected=lambda p, q, x: _normed(p * (1 - _point(x, p)))
+    ),
+    "the corrected token is the residual's likeliest: draw it": _Rule(
+        corrected=lambda p, q, x: _point(int((p - q).argmax()), p)
+    ),
+    "there is no bonus token: after a full acceptance it repeats the last draft": _Rule(
+        bonus=lambda p, drafted: _point(drafted[-1], p[-1])
+    ),
+    "the bonus token comes from the row of the last draft: use the row after it,"
+    " target_probs[n]": _Rule(bonus=lambda p, drafted: p[-2]),
+    "the bonus token is the target's likeliest: draw it": _Rule(
+        bonus=lambda p, drafted: _point(int(p[-1].argmax()), p[-1])
+    ),
+    "one coin decides every draft: toss a new one for each": _Rule(coins=_one_coin),
+    "it counts drafts after the first rejection: these continue a text that is gone": _Rule(
+        count=sum
+    ),
+}
+
+
+def _p_value(counts: Tensor, expected: Tensor) -> float:
+    """Chi-square test of counts against expected counts (any shape, several experiments at once)."""
+    import torch
+
+    possible = expected > 1e-9 * expected.max()
+    if counts[~possible].any():
+        return 0.0
+    difference = (counts - expected)[possible] ** 2 / expected[possible]
+    # Each experiment (leading dimension) has a fixed total: one degree of freedom less.
+    degrees = int(possible.sum()) - counts.shape[0]
+    half = torch.tensor([degrees / 2, float(difference.sum()) / 2], dtype=torch.float64)
+    return float(torch.special.gammaincc(*half))
+
+
+def check_verify(
+    answer: Callable[[Tensor, Tensor, Tensor, torch.Generator], tuple[int, int] | None],
+    calls: int = 400,
+    seed: int = 0,
+) -> Verdict:
+    """Check ``answer(drafted, draft_probs, target_probs, generator)`` against the lossless rule.
+
+    Every draft of 2 out of 4 tokens is given to it ``calls`` times. What comes back is compared, by a
+    chi-square test, with the probability of each outcome, enumerated; if that fails, with what
+    the common mistakes would give.
+
+    Parameters
+    ----------
+    answer
+        Takes token ids ``[n]``, ``[n, V]`` and ``[n + 1, V]`` probabilities (float64) and a
+        generator; returns the number of accepted drafts and the token that follows them.
+    """
+    import torch
+
+    target_probs = torch.tensor(TARGET_PROBS, dtype=torch.float64)
+    draft_probs = torch.tensor(DRAFT_PROBS, dtype=torch.float64)
+    size, n = target_probs.shape[1], draft_probs.shape[0]
+
+    def ask(drafted: Sequence[int], generator: torch.Generator) -> tuple[int, int] | Verdict:
+        ids = torch.tensor(drafted)
+        try:
+            given = answer(ids, draft_probs.clone(), target_probs.clone(), generator)
+        except Exception as error:  # whatever the student's code raises
+            about = str(error).splitlines()[0] if str(error) else "no message"
+            if "element < 0" in about:  # torch.multinomial's refusal
+                about = "the residual has entries below 0 (clamp it), or is not a number"
+            return Verdict(False, f"{type(error).__name__}: {about}")
+        return _verified(given, n, size)
+
+    drafts = list(itertools.product(range(size), repeat=n))
+    for drafted in drafts:
+        first, again = (ask(drafted, torch.Generator().manual_seed(seed)) for _ in range(2))
+        if isinstance(first, Verdict):
+            return first
+        if first != again:
+            return Verdict(
+                False,
+                "two calls with the same generator differ: give torch.rand and torch.multinomial"
+                " generator=generator",
+            )
+    generator = torch.Generator().manual_seed(seed)
+    counts = torch.zeros(len(drafts), n + 1, size, dtype=torch.float64)
+    for row, drafted in enumerate(drafts):
+        for _ in range(calls):
+            given = ask(drafted, generator)
+            if isinstance(given, Verdict):
+                return given
+            counts[row, given[0], given[1]] += 1
+
+    def exact(rule: _Rule) -> Tensor:
+        return torch.stack([rule.outcomes(d, target_probs, draft_probs) for d in drafts])
+
+    found = _p_value(counts, calls * exact(_Rule()))
+    if found > 1e-6:
+        return Verdict(
+            True,
+            f"{len(drafts) * calls:,} rounds of {len(drafts)} drafts agree with the enumerated"
+            f" outcomes (chi-square test, p = {found:.2g}): nothing is lost",
+        )
+    fits = {reason: _p_value(counts, calls * exact(rule)) for reason, rule in _MISTAKES.items()}
+    reason = max(fits, key=fits.__getitem__)
+    if fits[reason] > 1e-6:
+        return Verdict(False, reason)
+    return Verdict(False, _first_difference(drafts, counts, exact(_Rule())))
+
+
+def _verified(given: object, n: int, size: int) -> tuple[int, int] | Verdict:
+    """An answer to :func:`check_verify` as two whole numbers, or what is wrong with its form."""
+    if given is None:
+        return TODO
+    if not isinstance(given, tuple | list) or len(given) != 2:
+        return Verdict(False, f"return two things, (accepted, token), not {given!r}")
+    if given[1] is None:
+        return Verdict(False, "there is no token after the accepted drafts: there always is one")
+    try:
+        accepted, token = int(given[0]), int(given[1])
+    except (TypeError, ValueError, RuntimeError):
+        return Verdict(False, f"accepted and token must be whole numbers, not {given!r}")
+    if not 0 <= accepted <= n:
+        return Verdict(
+            False,
+            f"accepted counts drafts, from 0 to {n} here, without the token after: {accepted}",
+        )
+    if not 0 <= token < size:
+        extra = ": is the residual normalised?" if token == size else ""
+        return Verdict(False, f"token {token} is not in the vocabulary, 0 to {size - 1}{extra}")
+    return accepted, token
+
+
+def _first_difference(drafts: Sequence[Sequence[int]], counts: Tensor, right: Tensor) -> str:
+    """Where counts ``[drafts, n + 1, V]`` leave the right probabilities: the earliest stage.
+
+    The difference shown is the largest in standard errors.
+    """
+    n = counts.shape[1] - 1
+
+    def errors(share: Tensor, expected: Tensor, trials: Tensor) -> Tensor:
+        spread = (expected * (1 - expected) / trials.clamp_min(1)).clamp_min(1e-9).sqrt()
+        return (share - expected).abs() / spread * (trials > 0)
+
+    for i in range(n):
+        trials = counts[:, i:].sum((1, 2))
+        share = counts[:, i + 1 :].sum((1, 2)) / trials.clamp_min(1)
+        expected = right[:, i + 1 :].sum((1, 2)) / right[:, i:].sum((1, 2)).clamp_min(1e-9)
+        off = errors(share, expected, trials)
+        if off.max() > 5:
+            at = int(off.argmax())
+            return (
+                f"of the draft {tuple(drafts[at])}, token {i} (from 0) is accepted in"
+                f" {float(share[at]):.0%} of the rounds that reach it, it should be in"
+                f" {float(expected[at]):.0%}"
+            )
+    trials = counts.sum(2, keepdim=True)
+    share = counts / trials.clamp_min(1)
+    expected = right / right.sum(2, keepdim=True).clamp_min(1e-9)
+    off = errors(share, expected, trials)
+    at, accepted, token = (int(k) for k in (off == off.max()).nonzero()[0])
+    which = "bonus" if accepted == n else "corrected"
+    return (
+        f"of the draft {tuple(drafts[at])}, with {accepted} accepted, the {which} token is {token} in"
+        f" {float(share[at, accepted, token]):.0%} of the rounds, it should be in"
+        f" {float(expected[at, accepted, token]):.0%}"
+    )
 
 
 # -------------------------------------------------------------------- lesson 02
