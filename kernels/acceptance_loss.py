@@ -226,7 +226,7 @@ def backward_kernel(
 
 def tile(loss: str, aligned: bool) -> dict:
     """Constants and options of both kernels."""
-    sizes = {"LOSS": loss, "ALIGNED": aligned, "BLOCK": 1024, "K": MAX_TOKENS}
+    sizes = {"LOSS": loss, "ALIGNED": aligned, "BLOCK": 2048, "K": MAX_TOKENS}
     return sizes | {"num_warps": 4, "num_stages": 2}
 
 

@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 
 from bdlib.kernels.launching import (
-    CHUNK_SIZES,
+    CHUNK_UNITS,
     DTYPES,
     HEAD_DIMS,
     Configuration,
     check_attention,
-    check_chunk_size,
+    chunk_unit,
     grid_of,
     layout_fault,
     precision,
@@ -67,20 +67,15 @@ def chunk_scores_kernel(
 ):
     head = tl.program_id(0) % kv_heads
     batch = tl.program_id(0) // kv_heads
-    d = tl.arange(0, D)
     inside, _, ok = rows_of(tl.program_id(2), group, n, ROWS)
     at = tl.program_id(0).to(tl.int64) * group * n + inside
-    q = load(q_ptr, at, ok, D)  # [R, D]
+    q = load(q_ptr, at, ok, D, D)  # [R, D]
     base = k_ptr + batch.to(tl.int64) * b_stride + head.to(tl.int64) * h_stride
     first = tl.program_id(1) * per_piece
     last = tl.minimum(first + per_piece, chunks)
     for chunk in range(first, last, BLOCK // CHUNK):
         t = chunk * CHUNK + tl.arange(0, BLOCK)
-        k = tl.load(
-            base + t.to(tl.int64)[:, None] * t_stride + d[None, :],
-            mask=(t < last * CHUNK)[:, None],
-            other=0.0,
-        )
+        k = load(base, t, t < last * CHUNK, t_stride, D)  # [N, D]
         products = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [R, N], float32
         scores = tl.sum(tl.reshape(products, (ROWS, BLOCK // CHUNK, CHUNK)), 2) / CHUNK
         c = chunk + tl.arange(0, BLOCK // CHUNK)
@@ -88,17 +83,17 @@ def chunk_scores_kernel(
         tl.store(there, scores, mask=ok[:, None] & (c < last)[None, :])
 
 
-def tile(dtype: torch.dtype, dim: int, rows: int, chunk_size: int) -> dict:
-    """Constants and options of the kernel: tensor cores want at least 16 rows, so few are padded."""
-    block = 64 if dtype == torch.float32 else 128
-    rows = 16 if rows <= 16 else 64
-    sizes = {"D": dim, "ROWS": rows, "BLOCK": block, "CHUNK": chunk_size}
+def tile(dtype: torch.dtype, dim: int, rows: int, unit: int) -> dict:
+    """Constants and options of the kernel: tensor cores want 16 rows; more are taken 64 at a time."""
+    few = rows <= 16 or dtype == torch.float32
+    rows, block = (16, 128) if few and dtype != torch.float32 else (16 if few else 64, 64)
+    sizes = {"D": dim, "ROWS": rows, "BLOCK": block, "CHUNK": unit}
     return sizes | {"num_warps": 4, "num_stages": 2}
 
 
 def configurations() -> list[Configuration]:
     """Every version of the kernel that the launcher can pick."""
-    choices = grid_of(dtype=DTYPES, dim=HEAD_DIMS, rows=(16, 64), chunk_size=CHUNK_SIZES)
+    choices = grid_of(dtype=DTYPES, dim=HEAD_DIMS, rows=(16, 64), unit=CHUNK_UNITS)
     types = {"out_ptr": "fp32"}
     return [Configuration(chunk_scores_kernel, c["dtype"], tile(**c), types) for c in choices]
 
@@ -134,35 +129,26 @@ def chunk_scores(
         Naming the argument: a wrong rank, dtype, shape or device.
     """
     group = check_attention(q, k, None)
-    check_chunk_size(chunk_size)
+    unit = chunk_unit(chunk_size)
     whole = k.shape[2] // chunk_size
     chunks = whole if chunks is None else chunks
     require(0 <= chunks <= whole, f"chunks {chunks} must be in 0..{whole}")
     batch, heads, n, dim = q.shape
     if not use_triton(backend, "k", k, dim, layout_fault(k=k)):
         return reference(q, k, chunks, chunk_size)
-    out = torch.empty((batch, heads, n, chunks), dtype=torch.float32, device=q.device)
+    units = chunks * (chunk_size // unit)
+    out = torch.empty((batch, heads, n, units), dtype=torch.float32, device=q.device)
     if not chunks:
         return out
     rows, kv_heads = n * group, k.shape[1]
-    sizes = tile(q.dtype, dim, rows, chunk_size)
-    block = sizes["BLOCK"] // chunk_size
-    tiles = -(-rows // sizes["ROWS"])
+    options = tile(q.dtype, dim, rows, unit)
+    block = options["BLOCK"] // unit
+    tiles = -(-rows // options["ROWS"])
     pieces = max(1, 2 * processors(q.device) // (batch * kv_heads * tiles))
-    least = max(-(-chunks // pieces), -(-25 * rows // chunk_size))
+    least = max(-(-units // pieces), -(-25 * rows // unit))
     per_piece = -(-least // block) * block
-    grid = (batch * kv_heads, -(-chunks // per_piece), tiles)
-    chunk_scores_kernel[grid](
-        q.contiguous(),
-        k,
-        out,
-        *strides(k),
-        kv_heads,
-        group,
-        n,
-        chunks,
-        per_piece,
-        PRECISION=precision(q.device),
-        **sizes,
-    )
-    return out
+    grid = (batch * kv_heads, -(-units // per_piece), tiles)
+    options["PRECISION"] = precision(q.device)
+    counts = (kv_heads, group, n, units, per_piece)
+    chunk_scores_kernel[grid](q.contiguous(), k, out, *strides(k), *counts, **options)
+    return out if units == chunks else out.unflatten(3, (chunks, -1)).mean(4)

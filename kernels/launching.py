@@ -20,6 +20,7 @@ BACKENDS = ("auto", "torch", "triton")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128)
 CHUNK_SIZES = (1, 2, 4, 8, 16, 32, 64)
+CHUNK_UNITS = (1, 8)  # what kernels are compiled for; a chunk is one or several of these
 MAX_SPLITS = 64
 OVERHEAD = 0.04  # of the bytes that must be read, what splitting may read on top
 
@@ -78,10 +79,11 @@ def check_attention(q: Tensor, k: Tensor, v: Tensor | None) -> int:
     return heads // k.shape[1]
 
 
-def check_chunk_size(chunk_size: int) -> None:
-    """A power of two from 1 to 64."""
+def chunk_unit(chunk_size: int) -> int:
+    """Check that it is a power of two from 1 to 64, and return the unit that such chunks consist of."""
     allowed = chunk_size in CHUNK_SIZES
     require(allowed, f"chunk_size {chunk_size} must be a power of two from 1 to {CHUNK_SIZES[-1]}")
+    return 8 if chunk_size >= 8 else 1
 
 
 def as_lengths(lengths: int | Tensor, n: int, k: Tensor, check: bool) -> Tensor:

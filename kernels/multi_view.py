@@ -57,7 +57,7 @@ def reference(
 ) -> Tensor:
     """The definition: ``[N, H, n, D]``, differentiable by PyTorch, in float32 (or float64)."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    views, heads, n, dim = q.shape
+    views, _, n, dim = q.shape
     kv_heads, entries = prefix_k.shape[:2]
     real = torch.arange(chosen.shape[2], device=q.device) < sizes[:, None]  # [N, S]
     rows = torch.where(real[:, None], chosen, 0)
@@ -101,7 +101,7 @@ def forward_kernel(
     head = pair % kv_heads
     inside, query, ok = rows_of(tl.program_id(1), group, n, ROWS)
     at = pair * group * n + inside
-    q = load(q_ptr, at, ok, D)
+    q = load(q_ptr, at, ok, D, D)
     size = tl.load(sizes_ptr + pair // kv_heads)
     m = tl.full((ROWS,), float("-inf"), tl.float32)
     z = tl.zeros((ROWS,), tl.float32)
@@ -110,11 +110,11 @@ def forward_kernel(
         slot = first + tl.arange(0, BLOCK)
         real = slot < size
         t = head * entries + tl.load(chosen_ptr + pair * width + slot, mask=real, other=0)
-        k, v = load(prefix_k_ptr, t, real, D), load(prefix_v_ptr, t, real, D)
+        k, v = load(prefix_k_ptr, t, real, D, D), load(prefix_v_ptr, t, real, D, D)
         m, z, acc = attend(q, k, v, real[None, :], m, z, acc, PRECISION)
     for first in range(0, tl.minimum(n, (tl.program_id(1) + 1) * ROWS // group + 1), BLOCK):
         t = first + tl.arange(0, BLOCK)
-        k, v = load(k_ptr, pair * n + t, t < n, D), load(v_ptr, pair * n + t, t < n, D)
+        k, v = load(k_ptr, pair * n + t, t < n, D, D), load(v_ptr, pair * n + t, t < n, D, D)
         visible = (t < n)[None, :] & (t[None, :] <= query[:, None])
         m, z, acc = attend(q, k, v, visible, m, z, acc, PRECISION)
     d = tl.arange(0, D)
@@ -161,7 +161,7 @@ def dq_kernel(
     head = pair % kv_heads
     inside, query, ok = rows_of(tl.program_id(1), group, n, ROWS)
     at = pair * group * n + inside
-    q, do = load(q_ptr, at, ok, D), load(do_ptr, at, ok, D)
+    q, do = load(q_ptr, at, ok, D, D), load(do_ptr, at, ok, D, D)
     lse = tl.load(lse_ptr + at, mask=ok, other=0.0)
     delta = tl.load(delta_ptr + at, mask=ok, other=0.0)
     size = tl.load(sizes_ptr + pair // kv_heads)
@@ -170,11 +170,11 @@ def dq_kernel(
         slot = first + tl.arange(0, BLOCK)
         real = slot < size
         t = head * entries + tl.load(chosen_ptr + pair * width + slot, mask=real, other=0)
-        k, v = load(prefix_k_ptr, t, real, D), load(prefix_v_ptr, t, real, D)
+        k, v = load(prefix_k_ptr, t, real, D, D), load(prefix_v_ptr, t, real, D, D)
         dq = add_dq(q, k, v, do, lse, delta, real[None, :] & ok[:, None], dq, PRECISION)
     for first in range(0, tl.minimum(n, (tl.program_id(1) + 1) * ROWS // group + 1), BLOCK):
         t = first + tl.arange(0, BLOCK)
-        k, v = load(k_ptr, pair * n + t, t < n, D), load(v_ptr, pair * n + t, t < n, D)
+        k, v = load(k_ptr, pair * n + t, t < n, D, D), load(v_ptr, pair * n + t, t < n, D, D)
         visible = ok[:, None] & (t[None, :] <= query[:, None])
         dq = add_dq(q, k, v, do, lse, delta, visible, dq, PRECISION)
     d = tl.arange(0, D)
@@ -218,13 +218,13 @@ def dkv_kernel(
         number = tl.load(chosen_ptr + pair * width + slot, mask=real, other=0)
         t = (pair % kv_heads) * entries + number
         first_tile = 0
-    k, v = load(k_ptr, t, real, D), load(v_ptr, t, real, D)
+    k, v = load(k_ptr, t, real, D, D), load(v_ptr, t, real, D, D)
     dk = tl.zeros((BLOCK, D), tl.float32)
     dv = tl.zeros((BLOCK, D), tl.float32)
     for tile in range(first_tile, tl.cdiv(n * group, ROWS)):
         inside, query, ok = rows_of(tile, group, n, ROWS)
         at = pair * group * n + inside
-        q, do = load(q_ptr, at, ok, D), load(do_ptr, at, ok, D)
+        q, do = load(q_ptr, at, ok, D, D), load(do_ptr, at, ok, D, D)
         lse = tl.load(lse_ptr + at, mask=ok, other=0.0)
         delta = tl.load(delta_ptr + at, mask=ok, other=0.0)
         visible = real[:, None] & ok[None, :]
@@ -246,10 +246,12 @@ def dkv_kernel(
         tl.atomic_add(dv_ptr + there, dv, mask=real[:, None], sem="relaxed")
 
 
-def tile(dtype: torch.dtype, dim: int, backward: bool = False) -> dict:
-    """Constants and options of the kernels."""
-    sizes = {"D": dim, "ROWS": 64, "BLOCK": 64}
-    return sizes | {"num_warps": 4, "num_stages": 2}
+def tile(name: str, dtype: torch.dtype, dim: int) -> dict:
+    """Constants and options of a kernel, ``forward``, ``dq`` or ``dkv``: the largest without spills."""
+    rows, block, warps = (32, 32, 4) if name == "dkv" else (64, 32, 8)
+    if dtype == torch.float32:
+        rows, block, warps = (16, 32, 8) if name == "forward" else (16, 16, 4)
+    return {"D": dim, "ROWS": rows, "BLOCK": block, "num_warps": warps, "num_stages": 2}
 
 
 def configurations() -> list[Configuration]:
@@ -258,12 +260,14 @@ def configurations() -> list[Configuration]:
     types |= {f"{name}_ptr": "fp32" for name in ("lse", "delta", "dk", "dv")}
     found = []
     for choice in grid_of(dtype=DTYPES, dim=HEAD_DIMS):
-        dtype = choice["dtype"]
-        found.append(Configuration(forward_kernel, dtype, tile(**choice), types))
-        back = tile(**choice, backward=True)
-        found.append(Configuration(dq_kernel, dtype, back, types))
-        for own in (False, True):
-            found.append(Configuration(dkv_kernel, dtype, back | {"OWN": own}, types))
+        for kernel_, name, more in (
+            (forward_kernel, "forward", {}),
+            (dq_kernel, "dq", {}),
+            (dkv_kernel, "dkv", {"OWN": False}),
+            (dkv_kernel, "dkv", {"OWN": True}),
+        ):
+            options = tile(name, **choice) | more
+            found.append(Configuration(kernel_, choice["dtype"], options, types))
     return found
 
 
@@ -279,9 +283,9 @@ class MultiView(torch.autograd.Function):
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
         ctx.sizes = (kv_heads, group, n, width, entries)
         inputs = (q, k, v, prefix_k, prefix_v, chosen, sizes)
-        sizes_ = tile(q.dtype, dim)
-        grid = (views * kv_heads, -(-n * group // sizes_["ROWS"]))
-        forward_kernel[grid](*inputs, out, lse, *ctx.sizes, PRECISION=precision(q.device), **sizes_)
+        options = {"PRECISION": precision(q.device), **tile("forward", q.dtype, dim)}
+        grid = (views * kv_heads, -(-n * group // options["ROWS"]))
+        forward_kernel[grid](*inputs, out, lse, *ctx.sizes, **options)
         ctx.save_for_backward(*inputs, out, lse)
         return out
 
@@ -292,11 +296,11 @@ class MultiView(torch.autograd.Function):
         kv_heads, group, n, width, _ = ctx.sizes
         do = do.contiguous()
         delta = (do.float() * out.float()).sum(-1)
-        options = {"PRECISION": precision(q.device), **tile(q.dtype, q.shape[3], backward=True)}
-        pairs = q.shape[0] * kv_heads
-        dq = torch.empty_like(q)
+        dq, pairs = torch.empty_like(q), q.shape[0] * kv_heads
+        options = {"PRECISION": precision(q.device), **tile("dq", q.dtype, q.shape[3])}
         grid = (pairs, -(-n * group // options["ROWS"]))
         dq_kernel[grid](*inputs, do, lse, delta, dq, *ctx.sizes, **options)
+        options |= tile("dkv", q.dtype, q.shape[3])
         grads = [dq]
         for own, keys, values, length in ((True, k, v, n), (False, prefix_k, prefix_v, width)):
             if not length or not (own or any(ctx.needs_input_grad[3:5])):

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor
 
 from bdlib.kernels.launching import (
-    CHUNK_SIZES,
+    CHUNK_UNITS,
     DTYPES,
     HEAD_DIMS,
     Configuration,
     as_lengths,
     check_attention,
-    check_chunk_size,
     check_index,
     check_range,
+    chunk_unit,
     grid_of,
     layout_fault,
     precision,
@@ -48,6 +48,7 @@ from bdlib.kernels.split import (
     load,
     merge,
     rows_of,
+    tile,
 )
 
 
@@ -102,10 +103,9 @@ def sparse_decode_kernel(
     head = tl.program_id(0) % kv_heads
     batch = tl.program_id(0) // kv_heads
     split = tl.program_id(1)
-    d = tl.arange(0, D)
     inside, query, ok = rows_of(tl.program_id(2), group, n, ROWS)
     at = tl.program_id(0).to(tl.int64) * group * n + inside
-    q = load(q_ptr, at, ok, D)  # [R, D]
+    q = load(q_ptr, at, ok, D, D)  # [R, D]
 
     length = tl.load(lengths_ptr + batch)
     recent = tl.maximum(length - n - window, 0)  # where the recent entries begin
@@ -125,34 +125,30 @@ def sparse_decode_kernel(
         t = number[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
         t = tl.reshape(t, (BLOCK,))  # the entries of these chunks
         real = (t >= 0) & (t < recent)
-        there = base + t.to(tl.int64)[:, None] * t_stride + d[None, :]
-        k = tl.load(k_ptr + there, mask=real[:, None], other=0.0)  # [N, D]
-        v = tl.load(v_ptr + there, mask=real[:, None], other=0.0)
+        k = load(k_ptr + base, t, real, t_stride, D)  # [N, D]
+        v = load(v_ptr + base, t, real, t_stride, D)
         m, z, acc = attend(q, k, v, real[None, :], m, z, acc, PRECISION)
     share = tl.cdiv(tl.cdiv(length - recent, BLOCK), splits) * BLOCK
     last = tl.minimum(recent + (split + 1) * share, length)
     for first in range(recent + split * share, last, BLOCK):
         t = first + tl.arange(0, BLOCK)
         real = t < last
-        there = base + t.to(tl.int64)[:, None] * t_stride + d[None, :]
-        k = tl.load(k_ptr + there, mask=real[:, None], other=0.0)
-        v = tl.load(v_ptr + there, mask=real[:, None], other=0.0)
+        k = load(k_ptr + base, t, real, t_stride, D)  # [N, D]
+        v = load(v_ptr + base, t, real, t_stride, D)
         visible = real[None, :] & (t[None, :] <= position[:, None])
         m, z, acc = attend(q, k, v, visible, m, z, acc, PRECISION)
-    finish(acc, m, z, out_ptr, part_ptr, lse_ptr, at, ok, d, splits, split, total, D)
-
-
-def tile(dtype: torch.dtype, dim: int, rows: int, chunk_size: int) -> dict:
-    """Constants and options of the kernel."""
-    sizes = {"D": dim, "ROWS": 16 if rows <= 16 else 64, "BLOCK": 64, "CHUNK": chunk_size}
-    return sizes | {"num_warps": 4, "num_stages": 2}
+    finish(acc, m, z, out_ptr, part_ptr, lse_ptr, at, ok, splits, split, total, D)
 
 
 def configurations() -> list[Configuration]:
     """Every version of the kernel that the launcher can pick."""
     types = {"chunks_ptr": "i32", "lengths_ptr": "i32", "part_ptr": "fp32", "lse_ptr": "fp32"}
-    choices = grid_of(dtype=DTYPES, dim=HEAD_DIMS, rows=(16, 64), chunk_size=CHUNK_SIZES)
-    return [Configuration(sparse_decode_kernel, c["dtype"], tile(**c), types) for c in choices]
+    choices = grid_of(dtype=DTYPES, dim=HEAD_DIMS, rows=(16, 64))
+    return [
+        Configuration(sparse_decode_kernel, c["dtype"], tile(**c) | {"CHUNK": unit}, types)
+        for c in choices
+        for unit in CHUNK_UNITS
+    ]
 
 
 def sparse_decode(
@@ -200,7 +196,7 @@ def sparse_decode(
         Naming the argument: a wrong rank, dtype, shape or device, a number out of range.
     """
     group = check_attention(q, k, v)
-    check_chunk_size(chunk_size)
+    unit = chunk_unit(chunk_size)
     require(window >= 0, f"window {window} must be 0 or positive")
     batch, heads, n, dim = q.shape
     kv_heads, entries = k.shape[1], k.shape[2]
@@ -211,31 +207,18 @@ def sparse_decode(
     lengths = as_lengths(lengths, n, k, check)
     if not use_triton(backend, "k", k, dim, layout_fault(k=k, v=v)):
         return reference(q, k, v, chunks, lengths, window, chunk_size)
+    parts_each = torch.arange(chunk_size // unit, device=k.device, dtype=torch.int32)
+    chunks = (chunks[..., None] * len(parts_each) + parts_each).flatten(2)  # -1 stays negative
     rows = n * group
-    sizes = tile(q.dtype, dim, rows, chunk_size)
-    tiles = -(-rows // sizes["ROWS"])
+    options = tile(q.dtype, dim, rows) | {"CHUNK": unit}
+    tiles = -(-rows // options["ROWS"])
     kept = min(entries, count * chunk_size + window + n)
-    splits = choose_splits(splits, k, rows, kept, batch * kv_heads * tiles, sizes["BLOCK"])
+    splits = choose_splits(splits, k, rows, kept, batch * kv_heads * tiles, options["BLOCK"])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     parts, lse = allocate_parts(q, splits)
-    sparse_decode_kernel[(batch * kv_heads, splits, tiles)](
-        q.contiguous(),
-        k,
-        v,
-        chunks.int().contiguous(),
-        lengths,
-        out,
-        parts,
-        lse,
-        *strides(k),
-        kv_heads,
-        group,
-        n,
-        count,
-        window,
-        splits,
-        batch * heads * n,
-        PRECISION=precision(q.device),
-        **sizes,
-    )
+    tensors = (q.contiguous(), k, v, chunks.int().contiguous(), lengths, out, parts, lse)
+    counts = (kv_heads, group, n, chunks.shape[2], window, splits, batch * heads * n)
+    grid = (batch * kv_heads, splits, tiles)
+    options["PRECISION"] = precision(q.device)
+    sparse_decode_kernel[grid](*tensors, *strides(k), *counts, **options)
     return merge(parts, lse, out)

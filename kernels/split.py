@@ -38,10 +38,9 @@ def rows_of(tile, group, n, ROWS: tl.constexpr):
 
 
 @device
-def load(ptr, at, ok, D: tl.constexpr):
-    """Rows ``at`` of a contiguous ``[..., D]``, zero where not ``ok``."""
-    d = tl.arange(0, D)
-    there = ptr + at.to(tl.int64)[:, None] * D + d[None, :]
+def load(ptr, at, ok, stride, D: tl.constexpr):
+    """Rows ``at`` of a tensor, ``stride`` apart, as ``[., D]``; zero, and not read, where not ``ok``."""
+    there = ptr + at.to(tl.int64)[:, None] * stride + tl.arange(0, D)[None, :]
     return tl.load(there, mask=ok[:, None], other=0.0)
 
 
@@ -60,8 +59,9 @@ def attend(q, k, v, visible, m, z, acc, PRECISION: tl.constexpr):
 
 
 @device
-def finish(acc, m, z, out_ptr, part_ptr, lse_ptr, at, ok, d, splits, split, total, D: tl.constexpr):
+def finish(acc, m, z, out_ptr, part_ptr, lse_ptr, at, ok, splits, split, total, D: tl.constexpr):
     """Write the rows ``at``: to the output if there is one split, else as a part to be merged."""
+    d = tl.arange(0, D)
     seen = ok & (z > 0)
     out = acc / tl.where(z > 0, z, 1.0)[:, None]
     if splits == 1:
@@ -114,6 +114,19 @@ def choose_splits(
     affordable = int(OVERHEAD * 2 * entries * dim * size / each)
     wanted = -(-2 * processors(k.device) // programs)
     return max(1, min(wanted, affordable, -(-entries // block), MAX_SPLITS))
+
+
+def tile(dtype: torch.dtype, dim: int, rows: int) -> dict:
+    """Constants and options of attention over a cache.
+
+    Tensor cores want 16 rows; more are taken 64 at a time. A float32 product is three TF32 ones, whose
+    operands fill the registers: smaller tiles there.
+    """
+    if dtype == torch.float32:
+        return {"D": dim, "ROWS": 16, "BLOCK": 32, "num_warps": 8, "num_stages": 2}
+    if rows <= 16:
+        return {"D": dim, "ROWS": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
+    return {"D": dim, "ROWS": 64, "BLOCK": 64, "num_warps": 8, "num_stages": 2}
 
 
 def allocate_parts(q: Tensor, splits: int) -> tuple[Tensor, Tensor]:

@@ -40,6 +40,7 @@ from bdlib.kernels.split import (
     load,
     merge,
     rows_of,
+    tile,
 )
 
 
@@ -81,10 +82,9 @@ def verify_kernel(
     head = tl.program_id(0) % kv_heads
     batch = tl.program_id(0) // kv_heads
     split = tl.program_id(1)
-    d = tl.arange(0, D)
     inside, query, ok = rows_of(tl.program_id(2), group, n, ROWS)
     at = tl.program_id(0).to(tl.int64) * group * n + inside
-    q = load(q_ptr, at, ok, D)  # [R, D]
+    q = load(q_ptr, at, ok, D, D)  # [R, D]
 
     length = tl.load(lengths_ptr + batch)
     per_split = tl.cdiv(tl.cdiv(length, splits), BLOCK) * BLOCK
@@ -99,24 +99,16 @@ def verify_kernel(
     acc = tl.zeros((ROWS, D), tl.float32)
     for first in range(start, seen_by_all, BLOCK):
         t = first + tl.arange(0, BLOCK)
-        there = base + t.to(tl.int64)[:, None] * t_stride + d[None, :]
-        k = tl.load(k_ptr + there, mask=(t < stop)[:, None], other=0.0)  # [N, D]
-        v = tl.load(v_ptr + there, mask=(t < stop)[:, None], other=0.0)
+        k = load(k_ptr + base, t, t < stop, t_stride, D)  # [N, D]
+        v = load(v_ptr + base, t, t < stop, t_stride, D)
         m, z, acc = attend(q, k, v, (t < stop)[None, :], m, z, acc, PRECISION)
     for first in range(tl.maximum(start, seen_by_all), stop, BLOCK):
         t = first + tl.arange(0, BLOCK)
-        there = base + t.to(tl.int64)[:, None] * t_stride + d[None, :]
-        k = tl.load(k_ptr + there, mask=(t < stop)[:, None], other=0.0)
-        v = tl.load(v_ptr + there, mask=(t < stop)[:, None], other=0.0)
+        k = load(k_ptr + base, t, t < stop, t_stride, D)  # [N, D]
+        v = load(v_ptr + base, t, t < stop, t_stride, D)
         visible = (t < stop)[None, :] & (t[None, :] <= position[:, None])
         m, z, acc = attend(q, k, v, visible, m, z, acc, PRECISION)
-    finish(acc, m, z, out_ptr, part_ptr, lse_ptr, at, ok, d, splits, split, total, D)
-
-
-def tile(dtype: torch.dtype, dim: int, rows: int) -> dict:
-    """Constants and options of the kernel."""
-    sizes = {"D": dim, "ROWS": 16 if rows <= 16 else 64, "BLOCK": 64}
-    return sizes | {"num_warps": 4, "num_stages": 2}
+    finish(acc, m, z, out_ptr, part_ptr, lse_ptr, at, ok, splits, split, total, D)
 
 
 def configurations() -> list[Configuration]:
@@ -166,26 +158,14 @@ def verify(
     if not use_triton(backend, "k", k, dim, layout_fault(k=k, v=v)):
         return reference(q, k, v, lengths)
     rows, kv_heads = n * group, k.shape[1]
-    sizes = tile(q.dtype, dim, rows)
-    tiles = -(-rows // sizes["ROWS"])
-    splits = choose_splits(splits, k, rows, k.shape[2], batch * kv_heads * tiles, sizes["BLOCK"])
+    options = tile(q.dtype, dim, rows)
+    tiles = -(-rows // options["ROWS"])
+    splits = choose_splits(splits, k, rows, k.shape[2], batch * kv_heads * tiles, options["BLOCK"])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     parts, lse = allocate_parts(q, splits)
-    verify_kernel[(batch * kv_heads, splits, tiles)](
-        q.contiguous(),
-        k,
-        v,
-        lengths,
-        out,
-        parts,
-        lse,
-        *strides(k),
-        kv_heads,
-        group,
-        n,
-        splits,
-        batch * heads * n,
-        PRECISION=precision(q.device),
-        **sizes,
-    )
+    tensors = (q.contiguous(), k, v, lengths, out, parts, lse)
+    counts = (kv_heads, group, n, splits, batch * heads * n)
+    grid = (batch * kv_heads, splits, tiles)
+    options["PRECISION"] = precision(q.device)
+    verify_kernel[grid](*tensors, *strides(k), *counts, **options)
     return merge(parts, lse, out)
