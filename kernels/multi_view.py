@@ -11,8 +11,9 @@ Backward, with ``do`` the gradient of ``out`` and ``delta = sum(do * out)`` over
     dv[t] = sum_j p_jt do_j        dp_jt = do_j . v[t]      ds_jt = p_jt (dp_jt - delta_j)
     dq_j  = sum_t ds_jt k[t]       dk[t] = sum_j ds_jt q_j
 
-``p`` is computed again from the scores and the saved ``lse``, so no ``n x S`` matrix is ever stored
-(FlashAttention, arXiv 2205.14135).
+``p = exp(score - lse)`` is computed again from the scores and the saved ``lse``, so no ``n x S`` matrix
+is ever stored (FlashAttention, arXiv 2205.14135). A score rounds anew each time, by 6e-8 of its
+size: kept at most 1, ``p`` is as exact as the scores are, and never overflows.
 
 Grids: forward and ``dq`` ``(N * H_kv, row tiles)``, a program per 64 queries; ``dk, dv``
 ``(N * H_kv, key tiles)``, a program per tile of keys, once for the chosen entries and once for the
@@ -128,7 +129,7 @@ def forward_kernel(
 def add_dq(q, k, v, do, lse, delta, visible, dq, PRECISION: tl.constexpr):
     """What one block of keys adds to the gradient of the queries ``[R, D]``."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    p = tl.where(visible, tl.exp(scores - lse[:, None]), 0.0)
+    p = tl.where(visible, tl.exp(tl.minimum(scores - lse[:, None], 0.0)), 0.0)
     dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
     ds = p * (dp - delta[:, None])
     return dq + tl.dot(ds.to(k.dtype), k, input_precision=PRECISION)
@@ -231,7 +232,7 @@ def dkv_kernel(
         if OWN:
             visible = visible & (slot[:, None] <= query[None, :])
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, R]
-        p = tl.where(visible, tl.exp(scores - lse[None, :]), 0.0)
+        p = tl.where(visible, tl.exp(tl.minimum(scores - lse[None, :], 0.0)), 0.0)
         dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
         dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)
         ds = p * (dp - delta[None, :])
