@@ -4,7 +4,12 @@ Formula. View ``i`` is a continuation (or a block of one) of ``n`` tokens with k
 and ``sizes[i]`` entries of the shared prefix, chosen per KV head. Its query ``j`` sees
 
     entries  chosen[i, :sizes[i]] of the prefix,  and  own entries 0..j
+
     out[i, j] = sum_t p_t v[t],    p = softmax_t(q[i, j] . k[t])
+
+A drafter that is trained ``step`` draft steps deep (:func:`bdlib.views.drafted_view`) has
+``(step + 1) n`` own entries, ``n`` of each draft step. Query ``j`` then sees those of the first up to
+``j - step`` and, of draft step ``s`` after it, entry ``j - step + s`` alone.
 
 Backward, with ``do`` the gradient of ``out`` and ``delta = sum(do * out)`` over the head:
 
@@ -69,18 +74,27 @@ def reference(
         for prefix in (prefix_k, prefix_v)
     )
     old_v = torch.where(real[:, None, :, None], old_v, 0)
+    step = k.shape[2] // n - 1
     k, v = (torch.cat(pair, 2).to(wide) for pair in ((old_k, k), (old_v, v)))
-    own = torch.ones(n, n, dtype=torch.bool, device=q.device).tril_()
+    ahead = torch.arange(n, device=q.device)[:, None] - torch.arange(n, device=q.device)
+    own = torch.cat([ahead >= step] + [ahead == step - i for i in range(1, step + 1)], 1)
     visible = torch.cat((real[:, None].expand(-1, n, -1), own.expand(views, -1, -1)), -1)
     scores = q.to(wide).unflatten(1, (kv_heads, -1)) @ k.transpose(-1, -2)[:, :, None]
     scores = scores.masked_fill(~visible[:, None, None], float("-inf"))  # [N, H_kv, g, n, S + n]
     return (torch.softmax(scores, -1) @ v[:, :, None]).flatten(1, 2).to(q.dtype)
 
 
+@device
+def sees_own(query, t, n, step):
+    """Whether query slots see own entries ``t``: see the formula above."""
+    ahead = query - t % n
+    return tl.where(t < n, ahead >= step, ahead == step - t // n)
+
+
 @kernel
 def forward_kernel(
     q_ptr,  # [N, H_kv, group, n, D]
-    k_ptr,  # [N, H_kv, n, D], as v
+    k_ptr,  # [N, H_kv, own, D], as v
     v_ptr,
     prefix_k_ptr,  # [H_kv, T, D], as prefix_v
     prefix_v_ptr,
@@ -91,6 +105,7 @@ def forward_kernel(
     kv_heads,
     group,
     n,
+    own,  # n, or (step + 1) n
     width,  # S
     entries,  # T
     D: tl.constexpr,
@@ -113,13 +128,17 @@ def forward_kernel(
         t = head * entries + tl.load(chosen_ptr + pair * width + slot, mask=real, other=0)
         k, v = load(prefix_k_ptr, t, real, D, D), load(prefix_v_ptr, t, real, D, D)
         m, z, acc = attend(q, k, v, real[None, :], m, z, acc, PRECISION)
-    for first in range(0, tl.minimum(n, (tl.program_id(1) + 1) * ROWS // group + 1), BLOCK):
+    step = own // n - 1
+    ahead = tl.minimum(own, (tl.program_id(1) + 1) * ROWS // group + 1)  # none sees further
+    for first in range(0, tl.where(step == 0, ahead, own), BLOCK):
         t = first + tl.arange(0, BLOCK)
-        k, v = load(k_ptr, pair * n + t, t < n, D, D), load(v_ptr, pair * n + t, t < n, D, D)
-        visible = (t < n)[None, :] & (t[None, :] <= query[:, None])
+        real = t < own
+        k, v = load(k_ptr, pair * own + t, real, D, D), load(v_ptr, pair * own + t, real, D, D)
+        visible = real[None, :] & sees_own(query[:, None], t[None, :], n, step)
         m, z, acc = attend(q, k, v, visible, m, z, acc, PRECISION)
     d = tl.arange(0, D)
-    z = tl.where(ok, z, 1.0)
+    z = tl.where(z > 0, z, 1.0)  # a void slot sees nothing, and gets zero
+    m = tl.where(m > float("-inf"), m, 0.0)
     out = (acc / z[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + at[:, None] * D + d[None, :], out, mask=ok[:, None])
     tl.store(lse_ptr + at, m + tl.log(z), mask=ok)
@@ -151,6 +170,7 @@ def dq_kernel(
     kv_heads,
     group,
     n,
+    own,
     width,
     entries,
     D: tl.constexpr,
@@ -173,10 +193,13 @@ def dq_kernel(
         t = head * entries + tl.load(chosen_ptr + pair * width + slot, mask=real, other=0)
         k, v = load(prefix_k_ptr, t, real, D, D), load(prefix_v_ptr, t, real, D, D)
         dq = add_dq(q, k, v, do, lse, delta, real[None, :] & ok[:, None], dq, PRECISION)
-    for first in range(0, tl.minimum(n, (tl.program_id(1) + 1) * ROWS // group + 1), BLOCK):
+    step = own // n - 1
+    ahead = tl.minimum(own, (tl.program_id(1) + 1) * ROWS // group + 1)
+    for first in range(0, tl.where(step == 0, ahead, own), BLOCK):
         t = first + tl.arange(0, BLOCK)
-        k, v = load(k_ptr, pair * n + t, t < n, D, D), load(v_ptr, pair * n + t, t < n, D, D)
-        visible = ok[:, None] & (t[None, :] <= query[:, None])
+        real = t < own
+        k, v = load(k_ptr, pair * own + t, real, D, D), load(v_ptr, pair * own + t, real, D, D)
+        visible = ok[:, None] & real[None, :] & sees_own(query[:, None], t[None, :], n, step)
         dq = add_dq(q, k, v, do, lse, delta, visible, dq, PRECISION)
     d = tl.arange(0, D)
     there = dq_ptr + at[:, None] * D + d[None, :]
@@ -198,6 +221,7 @@ def dkv_kernel(
     kv_heads,
     group,
     n,
+    own,
     width,
     entries,
     D: tl.constexpr,
@@ -209,11 +233,11 @@ def dkv_kernel(
     pair = tl.program_id(0).to(tl.int64)
     slot = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if OWN:
-        real = slot < n
-        t = pair * n + slot
-        first_tile = (
-            tl.program_id(1) * BLOCK * group // ROWS
-        )  # earlier queries do not see these keys
+        real = slot < own
+        t = pair * own + slot
+        step = own // n - 1
+        first_tile = tl.program_id(1) * BLOCK * group // ROWS  # earlier queries see none of these
+        first_tile = tl.where(step == 0, first_tile, 0)
     else:
         real = slot < tl.load(sizes_ptr + pair // kv_heads)
         number = tl.load(chosen_ptr + pair * width + slot, mask=real, other=0)
@@ -230,7 +254,7 @@ def dkv_kernel(
         delta = tl.load(delta_ptr + at, mask=ok, other=0.0)
         visible = real[:, None] & ok[None, :]
         if OWN:
-            visible = visible & (slot[:, None] <= query[None, :])
+            visible = visible & sees_own(query[None, :], slot[:, None], n, step)
         scores = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [N, R]
         p = tl.where(visible, tl.exp(tl.minimum(scores - lse[None, :], 0.0)), 0.0)
         dv += tl.dot(p.to(do.dtype), do, input_precision=PRECISION)
@@ -282,7 +306,7 @@ class MultiView(torch.autograd.Function):
         group, width = heads // kv_heads, chosen.shape[2]
         out = torch.empty_like(q)
         lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-        ctx.sizes = (kv_heads, group, n, width, entries)
+        ctx.sizes = (kv_heads, group, n, k.shape[2], width, entries)
         inputs = (q, k, v, prefix_k, prefix_v, chosen, sizes)
         options = {"PRECISION": precision(q.device), **tile("forward", q.dtype, dim)}
         grid = (views * kv_heads, -(-n * group // options["ROWS"]))
@@ -294,7 +318,7 @@ class MultiView(torch.autograd.Function):
     def backward(ctx, do):
         *inputs, out, lse = ctx.saved_tensors
         q, k, v, prefix_k, prefix_v, chosen, sizes = inputs
-        kv_heads, group, n, width, _ = ctx.sizes
+        kv_heads, group, n, length_own, width, _ = ctx.sizes
         do = do.contiguous()
         delta = (do.float() * out.float()).sum(-1)
         dq, pairs = torch.empty_like(q), q.shape[0] * kv_heads
@@ -303,7 +327,10 @@ class MultiView(torch.autograd.Function):
         dq_kernel[grid](*inputs, do, lse, delta, dq, *ctx.sizes, **options)
         options |= tile("dkv", q.dtype, q.shape[3])
         grads = [dq]
-        for own, keys, values, length in ((True, k, v, n), (False, prefix_k, prefix_v, width)):
+        for own, keys, values, length in (
+            (True, k, v, length_own),
+            (False, prefix_k, prefix_v, width),
+        ):
             if not length or not (own or any(ctx.needs_input_grad[3:5])):
                 grads += [None, None]  # a prefix that ran without gradient
                 continue
@@ -333,7 +360,8 @@ def multi_view(
     q
         Queries ``[N, H, n, D]``, already scaled.
     k, v
-        Keys and values of the views' own tokens, ``[N, H_kv, n, D]``.
+        Keys and values of the views' own tokens, ``[N, H_kv, n, D]``; ``n`` more of each later draft
+        step.
     prefix_k, prefix_v
         The prefix that all views share, ``[H_kv, T, D]``.
     chosen
@@ -353,7 +381,8 @@ def multi_view(
         Naming the argument: a wrong rank, dtype, shape or device, a number out of range.
     """
     check_attention(q, k, v)
-    require(k.shape[2] == q.shape[2], f"k has {k.shape[2]} tokens, q has {q.shape[2]}")
+    whole = k.shape[2] % q.shape[2] == 0
+    require(whole, f"k has {k.shape[2]} tokens, no multiple of the {q.shape[2]} of q")
     check_tensor("prefix_k", prefix_k, 3, ("q", q))
     check_tensor("prefix_v", prefix_v, 3, ("q", q))
     views, kv_heads, _, dim = k.shape
