@@ -186,6 +186,129 @@ def measure(
     typer.echo(report.table())
 
 
+@app.command()
+def train(
+    recipe: Annotated[str, typer.Option(help="Which drafter, for example budgetdraft or paper.")],
+    out: Annotated[Path, typer.Option(help="Folder of the run; a stopped run goes on there.")],
+    teacher: Annotated[
+        Path | None, typer.Option(help="Folder of teacher targets, shared by recipes.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps, instead of the recipe's.")] = None,
+    minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = 3.0,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Train a drafter; Ctrl-C saves and stops, the same command goes on.
+
+    With several processes: accelerate launch -m bdlib train --recipe NAME --out DIR
+    """
+    from dataclasses import replace
+
+    from tqdm import tqdm
+
+    from bdlib import assets, recipes
+
+    chosen = recipes.get(recipe)
+    if steps is not None:
+        chosen = replace(chosen, settings=replace(chosen.settings, steps=steps))
+    accelerator = None
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        from accelerate import Accelerator
+
+        accelerator = Accelerator(cpu=device == "cpu")
+    quiet = accelerator is not None and not accelerator.is_main_process
+    pair = recipes.load(chosen, device)
+    teaching = tqdm(unit="window", desc="teacher", file=sys.stderr, disable=quiet)
+    training = tqdm(total=chosen.settings.steps, unit="step", file=sys.stderr, disable=quiet)
+    recent: dict[str, float] = {}
+
+    def taught(done: int, total: int) -> None:
+        teaching.total, teaching.n = total, done
+        teaching.refresh()
+
+    def trained(line: dict) -> None:
+        training.n = line["step"]
+        seen = {"full": line["full"]} | {str(v["budget"]): v for v in line["views"]}
+        for name, figures in seen.items():
+            before = recent.get(name, figures["agreement"])
+            recent[name] = 0.9 * before + 0.1 * figures["agreement"]
+        shown = " ".join(f"{k}:{v:.2f}" for k, v in sorted(recent.items(), key=_by_budget))
+        training.set_postfix_str(f"loss {line['loss']:.3f}, agreement {shown}", refresh=False)
+        training.update()
+
+    folder = teacher or assets.data_root() / "teacher"
+    with teaching, training:
+        try:
+            trainer = recipes.train(
+                chosen,
+                out,
+                folder,
+                pair,
+                minutes,
+                trained,
+                taught,
+                accelerator,
+            )
+        except KeyboardInterrupt:
+            typer.echo(f"stopped and saved in {out}; the same command goes on", err=True)
+            raise typer.Exit(130) from None
+    if not quiet:
+        typer.echo(f"{trainer.step} steps; the drafter is in {out / recipes.SAVED}")
+
+
+def _by_budget(item: tuple[str, float]) -> float:
+    return float(item[0]) if item[0].isdigit() else float("inf")
+
+
+@app.command()
+def agreement(
+    drafter: Annotated[
+        list[str], typer.Option(help="Folder of a trained drafter; may be repeated.")
+    ],
+    policy: Annotated[list[str], typer.Option(help="May be repeated.")] = ("chunk_topk_recent",),
+    budget: Annotated[list[int], typer.Option(help="May be repeated; 0: the full cache.")] = (
+        256,
+        0,
+    ),
+    context: Annotated[int, typer.Option(help="Tokens of each window.")] = 4096,
+    positions: Annotated[int, typer.Option(help="Positions measured at its end.")] = 256,
+    text: Annotated[
+        str, typer.Option(help="A file or folder of text, or embedded:train|held-out|all.")
+    ] = "embedded:held-out",
+    samples: Annotated[int, typer.Option(help="Windows of text.")] = 4,
+    seed: Annotated[int, typer.Option(help="Chooses the windows.")] = 0,
+    pair: Annotated[str, typer.Option(help="The target: smollm2 or paper.")] = "smollm2",
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float32 or float64.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    output: Annotated[Path | None, typer.Option("--json", help="File to write to.")] = None,
+) -> None:
+    """Teacher-forced: how often trained drafters say what the target says, along human text."""
+    from tqdm import tqdm
+
+    from bdlib import forced
+    from bdlib import measure as measuring
+
+    settings = forced.ForcedSettings(
+        drafters=tuple(drafter),
+        policies=tuple(policy),
+        budgets=tuple(budget),
+        context=context,
+        positions=positions,
+        text=text,
+        samples=samples,
+        seed=seed,
+        pair=pair,
+        dtype=dtype,
+        device=device,
+    )
+    if output is not None:
+        output = measuring.check_output(output)
+    with tqdm(total=samples, unit="window", file=sys.stderr) as bar:
+        result = forced.run(settings, progress=lambda done: bar.update())
+    if output is not None:
+        measuring.write_json(output, result)
+    typer.echo(forced.table(result))
+
+
 bench = typer.Typer(help="Time parts of the library against what they replace.")
 app.add_typer(bench, name="bench", no_args_is_help=True)
 
@@ -203,9 +326,7 @@ def engine(
     steps: Annotated[int, typer.Option(help="Steps of each kind to time.")] = 40,
     pair: Annotated[str, typer.Option(help="smollm2, or a model folder.")] = "smollm2",
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float32 or float64.")] = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print JSON instead of a table.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     out: Annotated[Path | None, typer.Option(help="File to write the JSON to.")] = None,
 ) -> None:
     """The compact decoder beside transformers' generate, and both beside the memory's limit."""
@@ -226,6 +347,45 @@ def engine(
     if out is not None:
         measuring.write_json(out, result)
     typer.echo(json.dumps(result, indent=2) if as_json else benching.table(result))
+
+
+kernels = typer.Typer(help="The Triton kernels, without a GPU.")
+app.add_typer(kernels, name="kernels", no_args_is_help=True)
+
+
+@kernels.callback()
+def _kernels() -> None:
+    """The Triton kernels, without a GPU."""
+
+
+@kernels.command("compile")
+def kernels_compile(
+    out: Annotated[Path, typer.Option(help="Folder for kernels_compiled.csv and .json.")],
+    kernel: Annotated[
+        list[str] | None, typer.Option(help="Module, for example verify; may be repeated.")
+    ] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="sm_80, sm_90, sm_100 or gfx942; may be repeated.")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="Processes that compile.")] = 1,
+) -> None:
+    """Compile every kernel for real GPUs; registers, spills, shared memory, instructions."""
+    from tqdm import tqdm
+
+    from bdlib.kernels import compiling
+
+    names = tuple(kernel or compiling.MODULES)
+    targets = tuple(target or compiling.TARGETS)
+    total = len(compiling.configurations(names)) * len(targets)
+    with tqdm(total=total, unit="kernel", file=sys.stderr) as bar:
+        rows, faults = compiling.compile_all(
+            out, names, targets, workers, progress=lambda row: bar.update()
+        )
+    typer.echo(compiling.summary(rows))
+    for fault in faults:
+        typer.echo(fault, err=True)
+    typer.echo(f"{len(rows)} compiled, {len(faults)} fault(s)")
+    raise typer.Exit(1 if faults else 0)
 
 
 def main() -> None:

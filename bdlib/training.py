@@ -97,7 +97,7 @@ class TrainSettings:
         for name in self.policies:
             make_policy(name)
         smallest = min(self.budgets.probabilities())
-        if self.views and smallest <= self.block:
+        if self.views and self.mode == "all" and smallest <= self.block:
             raise ValueError(f"budget {smallest} must be above the block of {self.block} tokens")
 
     def rate(self, step: int) -> float:
@@ -175,6 +175,8 @@ def window_loss(
         count = max(1, round(len(possible) * settings.share))
         starts = sorted(chance.sample(possible, count))
         steps = 1 if states is None else settings.draft_steps
+        if settings.mode == "continuation":  # as in the paper, the continuation comes on top
+            view = replace(view, budget=view.budget + block)
         hidden = drafted_view(model, tokens, stream, view, starts, block, states, steps)
         sparse.append(_branch(model, hidden, target, starts, length, settings.objective.sparse))
     return settings.objective.total(full, sparse), full, sparse

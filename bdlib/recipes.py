@@ -1,0 +1,375 @@
+"""Recipes: everything that a trained drafter comes from, by name, and one function that trains it.
+
+A recipe says which pair, which kind of drafter, which text in windows of which lengths, and the
+settings of the trainer. ``python -m bdlib train --recipe NAME`` runs one; it may be stopped at any time
+and goes on where it was. :data:`RECIPES` holds those of the shipped checkpoints and the paper's own.
+
+Contract: :func:`train` leaves a folder with ``training.pt`` and ``log.jsonl`` (the run) and
+``drafter/`` (what :func:`bdlib.models.load_drafter` loads, with a card that says how it was made).
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from bdlib import models, teacher
+from bdlib.budgets import BudgetSampler, fixed
+from bdlib.objectives import Objective
+from bdlib.training import LOG, Trainer, TrainSettings
+from bdlib.transformer import Decoder
+
+if TYPE_CHECKING:
+    from bdlib.pairs import Pair
+
+KINDS = ("standalone", "feature", "hub")
+SAVED = "drafter"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a drafter is made.
+
+    Attributes
+    ----------
+    kind
+        ``"standalone"`` (layers cut from the target), ``"feature"`` (conditioned on its states) or
+        ``"hub"`` (the pair's own second model, as in the paper).
+    layers
+        Layers that a standalone drafter takes from the target.
+    taps
+        Layers of the target that a feature-conditioned drafter reads.
+    rows
+        Size of the draft vocabulary; ``None`` scores every token.
+    text
+        What :func:`bdlib.corpora.load_texts` takes, or ``"pg19"`` (the hub's training split).
+    windows
+        Window length in tokens, and how many windows of it.
+    top, last
+        See :class:`bdlib.teacher.TeacherSettings`.
+    """
+
+    name: str
+    about: str
+    settings: TrainSettings
+    kind: str = "standalone"
+    pair: str = "smollm2"
+    layers: tuple[int, ...] = (0, 1, 28, 29)
+    taps: tuple[int, ...] = (8, 18, 29)
+    rows: int | None = 16_384
+    text: str = "embedded:train"
+    windows: dict[int, int] = field(default_factory=lambda: {2048: 256, 4096: 64})
+    top: int = 32
+    last: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"kind {self.kind!r} is not one of {', '.join(KINDS)}")
+        if not self.windows or min(*self.windows, *self.windows.values()) < 1:
+            raise ValueError(
+                f"windows {self.windows} must name at least one length and a number of it"
+            )
+
+
+BUDGETS = BudgetSampler({128: 0.15, 256: 0.35, 512: 0.25, 1024: 0.15, 2048: 0.1})
+POLICIES = ("chunk_topk", "chunk_topk_recent", "sink_window")
+_STANDALONE = TrainSettings(
+    objective=Objective("ce", "ce", 0.5),
+    budgets=BUDGETS,
+    policies=POLICIES,
+    views=2,
+    share=0.25,
+    steps=600,
+    warmup=30,
+    lr=1e-3,
+)
+_FEATURE = TrainSettings(
+    objective=Objective("kl", "kl", 1.0),
+    budgets=BUDGETS,
+    policies=POLICIES,
+    views=2,
+    share=0.15,
+    draft_steps=3,
+    steps=1100,
+    warmup=30,
+    lr=2e-3,
+)
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "budgetdraft",
+            "The paper's method: a standalone drafter, full view and sparse views at sampled budgets.",
+            _STANDALONE,
+        ),
+        Recipe(
+            "full-only",
+            "Ablation: the full view alone (L_A).",
+            replace(_STANDALONE, objective=Objective("ce", "ce", 0.0), views=0),
+        ),
+        Recipe(
+            "fixed-1024",
+            "Ablation: every sparse view at a budget of 1,024.",
+            replace(_STANDALONE, budgets=fixed(1024)),
+        ),
+        Recipe(
+            "lambda-1",
+            "Ablation: the sparse views weigh as much as the full one.",
+            replace(_STANDALONE, objective=Objective("ce", "ce", 1.0)),
+        ),
+        Recipe(
+            "budgetdraft-feature",
+            "One layer on the target's states, trained over three draft steps at sampled budgets.",
+            _FEATURE,
+            kind="feature",
+        ),
+        Recipe(
+            "quick",
+            "A few steps on a few windows: to watch a loss fall within a minute.",
+            replace(_STANDALONE, steps=24, warmup=4, share=0.25, block=32, budgets=fixed(128)),
+            layers=(0, 29),
+            rows=8192,
+            windows={512: 12},
+        ),
+        Recipe(
+            "paper",
+            "The paper's own recipe and pair (arXiv 2606.00144, released code): needs a large GPU.",
+            TrainSettings(
+                objective=Objective("ce", "ce", 0.5),
+                budgets=BudgetSampler(),
+                policies=("chunk_topk",),
+                views=1,
+                mode="continuation",
+                block=256,
+                steps=5000,
+                warmup=150,
+                lr=1e-5,
+                autocast=False,
+            ),
+            kind="hub",
+            pair="paper",
+            rows=None,
+            text="pg19",
+            windows={16_384: 5000},
+            top=1,
+            last=256,
+        ),
+    )
+}
+
+
+def get(name: str) -> Recipe:
+    """A recipe by name."""
+    if name not in RECIPES:
+        raise ValueError(f"unknown recipe {name!r}; allowed: {', '.join(RECIPES)}")
+    return RECIPES[name]
+
+
+def load(recipe: Recipe, device: str = "auto", dtype: str = "auto") -> Pair:
+    """The recipe's pair, its matrices not packed, so that a drafter can be cut from it."""
+    from bdlib.pairs import load_pair
+
+    return load_pair(
+        recipe.pair, device=device, dtype=dtype, context=max(recipe.windows), pack=False
+    )
+
+
+def targets(
+    recipe: Recipe,
+    pair: Pair,
+    folder: str | Path,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[teacher.TeacherStore]:
+    """The teacher targets of a recipe, computed where they are not there yet; one store a length.
+
+    Recipes that differ only in how they train share them.
+    """
+    taps = recipe.taps if recipe.kind == "feature" else ()
+    stores = []
+    for length, count in recipe.windows.items():
+        name = f"{_slug(recipe.text)}-{length}x{count}"
+        place = Path(folder) / (name + ("-features" if taps else ""))
+        if not taps and (Path(folder) / f"{name}-features" / "teacher.json").is_file():
+            place = Path(folder) / f"{name}-features"  # holds all that is needed, and more
+        settings = teacher.TeacherSettings(recipe.top, taps, recipe.last)
+        found = _existing(place, count, settings)
+        if found is None:
+            windows = _windows(recipe, pair, length, count)
+            source = f"{recipe.text}, windows of {length}, seed {length}"
+            found = teacher.compute(pair.target, windows, place, settings, progress, source)
+        stores.append(found)
+    return stores
+
+
+def _existing(
+    place: Path, count: int, wanted: teacher.TeacherSettings
+) -> teacher.TeacherStore | None:
+    """A complete store with what is wanted; its windows are not cut again to find that out."""
+    if not (place / "teacher.json").is_file():
+        return None
+    store = teacher.TeacherStore(place)
+    has = store.meta["settings"]
+    fits = (has["top"], has.get("last")) == (wanted.top, wanted.last)
+    fits = fits and (not wanted.taps or tuple(has["taps"]) == wanted.taps)
+    return store if fits and store.done == len(store.windows) == count else None
+
+
+def _slug(text: str) -> str:
+    return "".join(c if c.isalnum() else "-" for c in Path(text).name)
+
+
+def _windows(recipe: Recipe, pair: Pair, length: int, count: int) -> torch.Tensor:
+    from bdlib import corpora
+
+    if recipe.text == "pg19":
+        documents = corpora.pg19(split="train", limit=count)
+    else:
+        documents = corpora.load_texts(recipe.text)
+    tiles = corpora.tiles(pair.tokenizer, documents, length, seed=length)
+    if len(tiles) < count:
+        raise ValueError(
+            f"{recipe.text} holds {len(tiles)} windows of {length} tokens, {count} were asked for"
+        )
+    return torch.stack(tiles[:count])
+
+
+def untrained(recipe: Recipe, pair: Pair) -> Decoder:
+    """The drafter before training, in float32, on the pair's device."""
+    from bdlib import corpora
+
+    target, rows = pair.target, None
+    if recipe.kind == "hub":
+        if pair.drafter is None:
+            raise ValueError(f"recipe {recipe.name!r}: the pair {pair.name!r} has no second model")
+        return pair.drafter.float().requires_grad_(True)
+    if recipe.rows is not None:
+        tokens = [
+            torch.tensor(ids)
+            for ids in pair.tokenizer(
+                [document.text for document in corpora.load_texts(recipe.text)],
+                add_special_tokens=False,
+                verbose=False,
+            )["input_ids"]
+        ]
+        rows = models.draft_vocabulary(tokens, target.config.vocab_size, recipe.rows)
+    if recipe.kind == "feature":
+        made = models.conditioned_on(target, recipe.taps, rows)
+    else:
+        made = models.cut_from(target, recipe.layers, rows)
+    return made.to(pair.device)
+
+
+def train(
+    recipe: Recipe,
+    out: str | Path,
+    teacher_folder: str | Path,
+    pair: Pair | None = None,
+    minutes: float = 3.0,
+    progress: Callable[[dict[str, Any]], None] | None = None,
+    teacher_progress: Callable[[int, int], None] | None = None,
+    accelerator: Any = None,
+) -> Trainer:
+    """Train a recipe's drafter in the folder ``out``, or go on with what is there.
+
+    Parameters
+    ----------
+    teacher_folder
+        Where teacher targets are kept between recipes.
+    minutes
+        Minutes between checkpoints.
+    progress, teacher_progress
+        Called with each step's log line; with (windows done, windows in all) of the teacher.
+
+    Raises
+    ------
+    ValueError
+        For targets of another model, or a folder that holds a run with other settings.
+    """
+    pair = load(recipe) if pair is None else pair
+    stores = targets(recipe, pair, teacher_folder, teacher_progress)
+    model = untrained(recipe, pair)
+    for store in stores:
+        teacher.check_made_by(store, pair.target, model)
+    trainer = Trainer(model, stores, recipe.settings, out, minutes, accelerator)
+    try:
+        trainer.run(progress)
+    finally:
+        if trainer.rank == 0 and trainer.step:
+            save(recipe, trainer, Path(out))
+    return trainer
+
+
+def save(recipe: Recipe, trainer: Trainer, out: Path) -> Path:
+    """Write ``out/drafter``: weights, card, log. The run itself stays beside it, to be continued."""
+    from bdlib import measure
+
+    folder = out / SAVED
+    where = measure.provenance()
+    provenance = {
+        "recipe": recipe.name,
+        "command": f"python -m bdlib train --recipe {recipe.name} --out DIR",
+        "steps": trainer.step,
+        "tokens": _tokens_seen(out / LOG),
+        "settings": json.loads(json.dumps(asdict(recipe.settings))),
+        "windows": {str(k): v for k, v in recipe.windows.items()},
+        "corpus": {store.meta["source"]: store.meta["windows"] for store in trainer.stores},
+        **where,
+    }
+    if recipe.kind == "hub":
+        trainer.model.save(folder)
+        (folder / "README.md").write_text(card(recipe, provenance), encoding="utf8")
+    else:
+        models.save_drafter(trainer.model, folder, card(recipe, provenance), provenance)
+    if (out / LOG).is_file():
+        shutil.copyfile(out / LOG, folder / f"{LOG}.writing")
+        (folder / f"{LOG}.writing").replace(folder / LOG)
+    return folder
+
+
+def _tokens_seen(log: Path) -> int:
+    if not log.is_file():
+        return 0
+    return sum(json.loads(line)["tokens"] for line in log.read_text(encoding="utf8").splitlines())
+
+
+def card(recipe: Recipe, provenance: dict[str, Any]) -> str:
+    """A model card in Markdown."""
+    s = recipe.settings
+    budgets = ", ".join(f"{b}: {p:g}" for b, p in s.budgets.probabilities().items())
+    kinds = {
+        "standalone": f"layers {recipe.layers} of the target with its embedding",
+        "feature": f"one layer on the target's states after layers {recipe.taps}",
+        "hub": "the pair's second model",
+    }
+    rows = [
+        ("target", recipe.pair),
+        ("drafter", kinds[recipe.kind]),
+        ("draft vocabulary", f"{recipe.rows:,} tokens" if recipe.rows else "all tokens"),
+        ("text", f"{recipe.text} in windows of {recipe.windows}"),
+        (
+            "trained for",
+            f"{provenance['steps']:,} of {s.steps:,} steps, {provenance['tokens']:,} tokens",
+        ),
+        (
+            "loss",
+            f"{s.objective.full} in full, {s.objective.weight:g} x {s.objective.sparse} sparse",
+        ),
+        ("views a step", f"{s.views}, of {s.share:.0%} of the blocks each" if s.views else "none"),
+        ("budgets", budgets if s.views else "none: full cache only"),
+        ("policies", ", ".join(s.policies) if s.views else "none"),
+        ("learning rate", f"{s.lr:g}, {s.warmup} steps of warm-up, cosine"),
+        ("machine", f"{provenance['machine']['cpu']}, {provenance['machine']['gpu'] or 'no GPU'}"),
+        ("commit", str(provenance["commit"])),
+    ]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return (
+        f"# {recipe.name}\n\n{recipe.about}\n\n| | |\n|---|---|\n{table}\n\n"
+        "The weights derive from SmolLM2-135M-Instruct (Apache-2.0) where the target is smollm2; the\n"
+        "training texts are in the public domain. `log.jsonl` holds every step of the run.\n"
+    )

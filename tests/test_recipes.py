@@ -1,0 +1,254 @@
+"""Recipes from end to end on a tiny pair: targets, training, resuming, the shipped folder, refusals."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from bdlib import __main__ as cli
+from bdlib import forced, models, pairs, recipes, teacher, training
+from bdlib.budgets import fixed
+
+WORDS = 61
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A model folder with a tokenizer, and a text of 2,000 tokens."""
+    folder = tmp_path_factory.mktemp("pair")
+    target = tiny.model(seed=3, dtype=torch.float32, vocab_size=WORDS, num_layers=3)
+    tiny.save_folder(folder / "target", target)
+    ids = tiny.text(2000, seed=1, vocabulary=WORDS).tolist()
+    (folder / "text.txt").write_text(tiny.words(ids), encoding="utf8")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(place):
+    return pairs.load_pair(target=place / "target", dtype="float32", pack=False)
+
+
+def recipe(place, name="budgetdraft", **changes):
+    found = recipes.get(name)
+    settings = replace(
+        found.settings, steps=8, warmup=1, block=12, budgets=fixed(40), autocast=False
+    )
+    usual = {"layers": (0, 2), "taps": (0, 2), "rows": 40, "windows": {96: 6, 128: 4}, "top": 8}
+    return replace(found, settings=settings, text=str(place / "text.txt"), **{**usual, **changes})
+
+
+@pytest.mark.parametrize("name", ["budgetdraft", "full-only", "budgetdraft-feature"])
+def test_a_recipe_leaves_a_drafter_that_loads(place, pair, tmp_path, name):
+    trainer = recipes.train(recipe(place, name), tmp_path / "run", tmp_path / "teacher", pair)
+    folder = tmp_path / "run" / "drafter"
+    drafter = models.load_drafter(folder, pair.target)
+    assert isinstance(drafter, models.FeatureDecoder) is (name == "budgetdraft-feature")
+    meta = json.loads((folder / "drafter.json").read_text())["provenance"]
+    assert meta["steps"] == trainer.step == 8
+    assert meta["recipe"] == name
+    lines = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(8))
+    assert meta["tokens"] == sum(line["tokens"] for line in lines)
+    assert set(meta["corpus"].values()) == {store.meta["windows"] for store in trainer.stores}
+    assert f"# {name}" in (folder / "README.md").read_text()
+
+
+def test_a_stopped_recipe_goes_on_and_targets_are_shared(place, pair, tmp_path, monkeypatch):
+    chosen = recipe(place)
+
+    def stop(line):
+        if line["step"] == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        recipes.train(chosen, tmp_path / "run", tmp_path / "teacher", pair, progress=stop)
+    half = json.loads((tmp_path / "run" / "drafter" / "drafter.json").read_text())
+    assert half["provenance"]["steps"] == 4
+    monkeypatch.setattr(teacher, "compute", None)  # nothing is left to compute
+    steps = []
+    recipes.train(
+        chosen,
+        tmp_path / "run",
+        tmp_path / "teacher",
+        pair,
+        progress=lambda x: steps.append(x["step"]),
+    )
+    assert steps == [4, 5, 6, 7]
+    recipes.train(recipe(place, "lambda-1"), tmp_path / "other", tmp_path / "teacher", pair)
+
+
+def test_features_serve_a_recipe_without_them_too(place, pair, tmp_path, monkeypatch):
+    recipes.targets(recipe(place, "budgetdraft-feature"), pair, tmp_path)
+    monkeypatch.setattr(teacher, "compute", None)
+    stores = recipes.targets(recipe(place), pair, tmp_path)
+    assert [store.windows.shape for store in stores] == [(6, 96), (4, 128)]
+
+
+def test_the_papers_recipe_runs_on_a_stand_in_pair(place, pair, tmp_path):
+    """Prefix and continuation, the pair's own second model, targets of the continuation alone."""
+    second = tiny.model(seed=4, dtype=torch.float32, vocab_size=WORDS, num_layers=1, hidden_size=16)
+    tiny.save_folder(tmp_path / "second", second)
+    both = pairs.load_pair(
+        target=place / "target", drafter=tmp_path / "second", dtype="float32", pack=False
+    )
+    paper = recipes.get("paper")
+    assert paper.settings.mode == "continuation"
+    assert (paper.settings.lr, paper.settings.weight_decay, paper.settings.clip) == (
+        1e-5,
+        0.01,
+        1.0,
+    )
+    assert (paper.settings.steps, paper.settings.warmup) == (5000, 150)
+    assert paper.settings.budgets.probabilities() == {256: 0.4, 512: 0.3, 1024: 0.2, 2048: 0.1}
+    small = replace(
+        paper,
+        text=str(place / "text.txt"),
+        windows={200: 5},
+        last=24,
+        settings=replace(paper.settings, steps=4, warmup=1, block=24, budgets=fixed(64)),
+    )
+    trainer = recipes.train(small, tmp_path / "run", tmp_path / "teacher", both)
+    assert trainer.stores[0].target(0).ids.shape == (24, 1)
+    loaded = pairs.load_pair(
+        target=place / "target", drafter=tmp_path / "run" / "drafter", dtype="float32"
+    )
+    tokens = tiny.text(30, vocabulary=WORDS)[None]
+    assert torch.allclose(loaded.drafter(tokens), trainer.model(tokens), atol=1e-4)
+
+
+def test_what_cannot_be_trained_is_refused(place, pair, tmp_path):
+    with pytest.raises(ValueError, match="unknown recipe 'best'; allowed: budgetdraft, full-only"):
+        recipes.get("best")
+    with pytest.raises(ValueError, match="has no second model"):
+        recipes.untrained(recipes.get("paper"), pair)
+    with pytest.raises(ValueError, match="holds 20 windows of 96 tokens, 99 were asked for"):
+        recipes.targets(recipe(place, windows={96: 99}), pair, tmp_path)
+    chosen = recipe(place)
+    wide = replace(chosen, settings=replace(chosen.settings, budgets=fixed(512)))
+    with pytest.raises(ValueError, match="budget 512 is above the longest window of 128"):
+        recipes.train(wide, tmp_path / "run", tmp_path / "teacher", pair)
+    other = replace(
+        pair, target=tiny.model(seed=9, dtype=torch.float32, vocab_size=WORDS, num_layers=3)
+    )
+    with pytest.raises(ValueError, match="targets of another model"):
+        recipes.train(chosen, tmp_path / "run", tmp_path / "teacher", other)
+
+
+def test_a_full_disk_loses_nothing(place, pair, tmp_path, monkeypatch):
+    chosen = recipe(place)
+    trainer = recipes.train(chosen, tmp_path / "run", tmp_path / "teacher", pair)
+    before = (tmp_path / "run" / training.CHECKPOINT).read_bytes()
+
+    def full(state, file):
+        file.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save()
+    assert (tmp_path / "run" / training.CHECKPOINT).read_bytes() == before
+
+
+def test_the_command_trains_and_refuses_in_one_line(place, tmp_path, monkeypatch, capsys):
+    chosen = replace(recipe(place), pair="smollm2")
+    monkeypatch.setitem(recipes.RECIPES, "tiny", chosen)
+    loaded = pairs.load_pair(target=place / "target", dtype="float32", pack=False)
+    monkeypatch.setattr(recipes, "load", lambda *_: loaded)
+    arguments = ["bdlib", "train", "--out", str(tmp_path / "run"), "--teacher", str(tmp_path / "t")]
+    monkeypatch.setattr("sys.argv", [*arguments, "--recipe", "tiny", "--steps", "3"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    assert "3 steps; the drafter is in" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", [*arguments, "--recipe", "tiny", "--steps", "5"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 2
+    assert "holds a run with other settings" in capsys.readouterr().err
+
+
+# --------------------------------------------------------- teacher-forced agreement
+
+
+@pytest.fixture(scope="module")
+def trained(place, pair, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("trained")
+    for name in ("budgetdraft", "budgetdraft-feature"):
+        recipes.train(recipe(place, name), folder / name, folder / "teacher", pair)
+        shutil.copytree(folder / name / "drafter", folder / "shipped" / name)
+    return folder / "shipped"
+
+
+def test_agreement_of_the_target_with_itself_is_perfect(pair):
+    window = tiny.text(120, seed=5, vocabulary=WORDS)
+    views = forced.ForcedSettings(("x",), budgets=(0,), context=120, positions=24, block=12).views()
+    (found,) = forced.along(pair.target, {"self": pair.target}, window, views, 24, 12)
+    assert found["agreement"] == 1
+    assert found["alpha"] == pytest.approx(1, abs=1e-4)
+
+
+def test_agreement_is_what_a_sparse_cache_gives(pair, place, trained):
+    """The first block against plain decoding on a sparse cache of the same entries."""
+    from bdlib.cache import KVCache, SparseKVCache
+    from bdlib.selection import make_policy
+    from bdlib.views import View
+
+    drafter = models.load_drafter(trained / "budgetdraft", pair.target)
+    window, policy = tiny.text(120, seed=6, vocabulary=WORDS), make_policy("chunk_topk")
+    (found,) = forced.along(pair.target, {"d": drafter}, window, [View(32, policy)], 12, 12)
+    full = KVCache(drafter.config, 108, dtype=drafter.dtype, observe=policy)
+    drafter.hidden(window[None, :108], full)
+    sparse = SparseKVCache(drafter.config, 20, policy, dtype=drafter.dtype)
+    sparse.fill(full)
+    sparse.budget, buffers = 32, (sparse._keys, sparse._values)
+    sparse._keys, sparse._values = (torch.cat((b, torch.zeros_like(b)), 3) for b in buffers)
+    rows = drafter(window[None, 108:], sparse)[0].argmax(-1)
+    expected = pair.target(window[None])[0, 108:].argmax(-1)
+    agreement = (drafter.vocabulary[rows] == expected).double().mean()
+    assert found["agreement"] == pytest.approx(float(agreement))
+
+
+def test_records_add_up(place, pair, trained, tmp_path):
+    settings = forced.ForcedSettings(
+        drafters=(str(trained / "budgetdraft"), str(trained / "budgetdraft-feature")),
+        policies=("sink_window", "chunk_topk"),
+        budgets=(24, 0),
+        context=120,
+        positions=24,
+        block=12,
+        samples=3,
+        text=str(place / "text.txt"),
+    )
+    result = forced.run(settings, pair)
+    assert len(result["records"]) == 3 * 2 * 3
+    for row in result["summary"]:
+        mine = [
+            r["alpha"]
+            for r in result["records"]
+            if (r["drafter"], r["policy"], r["budget"])
+            == (row["drafter"], row["policy"], row["budget"])
+        ]
+        assert row["alpha"]["mean"] == pytest.approx(sum(mine) / 3)
+        assert len(row["by_step"]) == (4 if "feature" in row["drafter"] else 1)
+    json.dumps(result, allow_nan=False)
+    assert forced.table(result).count("\n") == 6
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"drafters": ()}, r"drafters \(\)"),
+        ({"budgets": (12,)}, "budget 12 must be 0"),
+        ({"positions": 30}, "positions 30 must be a multiple of block 12"),
+        ({"context": 30}, "context 30 must be at least 36"),
+        ({"policies": ("best",)}, "unknown policy 'best'"),
+        ({"samples": 0}, "samples 0"),
+    ],
+)
+def test_bad_agreement_settings_are_refused(change, message):
+    good = {"drafters": ("x",), "budgets": (24,), "context": 120, "positions": 24, "block": 12}
+    with pytest.raises(ValueError, match=message):
+        forced.ForcedSettings(**{**good, **change})
