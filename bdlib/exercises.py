@@ -585,3 +585,156 @@ def _selection_fault(selection: Selection, keys: Tensor, heads: int, budget: int
     if twice.any():
         return f"position {int(ordered[..., 1:][twice][0])} is chosen twice for one KV head"
     return None
+
+
+# -------------------------------------------------------------------- lesson 05
+
+
+def _lk_mistakes() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """What common answers compute from logits and teacher probabilities ``[N, V]``, by complaint."""
+    import torch
+
+    def q(z: Tensor) -> Tensor:
+        return z.softmax(-1)
+
+    def overlap(z: Tensor, p: Tensor) -> Tensor:
+        return torch.minimum(p, q(z)).sum(-1)
+
+    def top(z: Tensor, p: Tensor) -> Tensor:
+        return q(z).gather(-1, p.argmax(-1, keepdim=True))[:, 0]
+
+    return {
+        "this is 1 - alpha, the TV loss: take -log(alpha) instead": lambda z, p: (
+            1 - overlap(z, p)
+        ).mean(),
+        "the log is missing: this is -alpha, whose gradient is TV's": lambda z, p: (
+            -overlap(z, p).mean()
+        ),
+        "this is alpha itself, which should grow; the loss is -log(alpha)": lambda z, p: overlap(
+            z, p
+        ).mean(),
+        "the sign is wrong: a loss falls when alpha grows": lambda z, p: overlap(z, p).log().mean(),
+        "this is the cross-entropy of the target's favourite: it does not look at the target's other"
+        " tokens": lambda z, p: -top(z, p).log().mean(),
+        "only the target's favourite is summed: alpha takes the minimum over every token": (
+            lambda z, p: -torch.minimum(top(z, p), p.amax(-1)).log().mean()
+        ),
+        "this is KL(p || q): there is no minimum in it": lambda z, p: (
+            (torch.special.xlogy(p, p) - p * z.log_softmax(-1)).sum(-1).mean()
+        ),
+        "this is the cross-entropy with all of p, -sum p log q: there is no minimum in it": (
+            lambda z, p: -(p * z.log_softmax(-1)).sum(-1).mean()
+        ),
+        "it sums max(p, q): alpha is the sum of min(p, q)": lambda z, p: (
+            -torch.maximum(p, q(z)).sum(-1).log().mean()
+        ),
+        "it takes the largest min(p, q): alpha is their sum": lambda z, p: (
+            -torch.minimum(p, q(z)).amax(-1).log().mean()
+        ),
+        "it averages min(p, q) over the vocabulary: alpha is their sum": lambda z, p: (
+            -torch.minimum(p, q(z)).mean(-1).log().mean()
+        ),
+        "the log is taken after the mean over positions: take it at each position, then the mean": (
+            lambda z, p: -overlap(z, p).mean().log()
+        ),
+        "it sums over positions: take their mean": lambda z, p: -overlap(z, p).log().sum(),
+        "the log is to base 2: use the natural one": lambda z, p: -overlap(z, p).log2().mean(),
+        "the softmax runs over positions: it must run over the vocabulary, dim=-1": lambda z, p: (
+            -torch.minimum(p, z.softmax(0)).sum(-1).log().mean()
+        ),
+        "exp(logits) is not a distribution yet: use softmax": lambda z, p: (
+            -torch.minimum(p, z.exp()).sum(-1).log().mean()
+        ),
+        "the target's probabilities went through a softmax: they are probabilities already": (
+            lambda z, p: -torch.minimum(p.softmax(-1), q(z)).sum(-1).log().mean()
+        ),
+    }
+
+
+def check_lk_alpha(
+    loss: Callable[[Tensor, Tensor], Tensor | None],
+    always_ce: Callable[[Tensor], Tensor | None],
+    seed: int = 0,
+) -> Verdict:
+    """Check LK-alpha, and the student's condition for it to be the argmax cross-entropy.
+
+    Parameters
+    ----------
+    loss
+        ``loss(logits, target_probs)``, both ``[N, V]`` float64: mean over positions of -log alpha, a
+        scalar that a gradient can flow through.
+    always_ce
+        ``always_ce(target_probs)``: for each row of ``[N, V]``, whether LK-alpha equals the
+        cross-entropy of the argmax whatever the drafter says; booleans ``[N]``.
+    """
+    import torch
+
+    generator = torch.Generator().manual_seed(seed)
+    kind = {"generator": generator, "dtype": torch.float64}
+    logits = 2 * torch.randn(5, 6, **kind)
+    general = (2 * torch.randn(5, 6, **kind)).softmax(-1)
+    point = torch.zeros_like(general).scatter_(1, torch.tensor([[0], [5], [2], [2], [3]]), 1.0)
+
+    def right(z: Tensor, p: Tensor) -> Tensor:
+        return -torch.minimum(p, z.softmax(-1)).sum(-1).log().mean()
+
+    for name, p in (("a general p", general), ("a point mass", point)):
+        z = logits.clone().requires_grad_()
+        try:
+            given = loss(z, p.clone())
+        except Exception as error:  # whatever the student's code raises
+            return Verdict(False, f"{type(error).__name__}: {error}")
+        if given is None:
+            return TODO
+        if not isinstance(given, torch.Tensor):
+            return Verdict(False, f"return a tensor, not a {type(given).__name__}: no gradient")
+        if given.dim():
+            return Verdict(
+                False, f"return one number, the mean over positions, not {tuple(given.shape)}"
+            )
+        wanted = right(z, p)
+        if not torch.allclose(given.detach(), wanted.detach(), rtol=1e-6, atol=1e-9):
+            return Verdict(False, _lk_complaint(given.item(), logits, p, name, wanted.item()))
+        if not given.requires_grad:
+            return Verdict(False, "the value is right, but no gradient reaches the logits")
+        slope, wanted_slope = (torch.autograd.grad(v, z)[0] for v in (given, wanted))
+        if not torch.allclose(slope, wanted_slope, rtol=1e-5, atol=1e-9):
+            return Verdict(False, "the value is right, its gradient is not: is a part detached?")
+    rows = torch.tensor(
+        [[0, 1, 0], [0.4, 0.3, 0.3], [0.99, 0.01, 0], [1, 0, 0], [0.5, 0.5, 0]],
+        dtype=torch.float64,
+    )
+    try:
+        said = always_ce(rows.clone())
+    except Exception as error:  # whatever the student's code raises
+        return Verdict(False, f"always_ce: {type(error).__name__}: {error}")
+    if said is None:
+        return Verdict(None, "LK-alpha is right; now say when it is the cross-entropy: always_ce")
+    said = torch.as_tensor(said)
+    if said.shape != rows.shape[:1] or said.dtype != torch.bool:
+        return Verdict(
+            False, f"always_ce must give a bool a row, [{len(rows)}], not {tuple(said.shape)}"
+        )
+    for row, answer in zip(rows, said.tolist(), strict=True):
+        values = tuple(row.tolist())
+        if answer and row.max() < 1:
+            return Verdict(
+                False,
+                f"LK-alpha is right, but for p = {values} it is not always the cross-entropy: try"
+                " the drafter q = p, where LK-alpha is 0",
+            )
+        if not answer and row.max() == 1:
+            return Verdict(
+                False,
+                f"LK-alpha is right, and for p = {values} it is the cross-entropy for every q: which"
+                " terms of sum min(p, q) are left?",
+            )
+    return Verdict(True, "LK-alpha has the right value and gradient, and the condition holds")
+
+
+def _lk_complaint(given: float, logits: Tensor, p: Tensor, name: str, wanted: float) -> str:
+    for complaint, rule in _lk_mistakes().items():
+        value = float(rule(logits, p))
+        if math.isfinite(value) and math.isclose(given, value, rel_tol=1e-6, abs_tol=1e-9):
+            return complaint
+    return f"for {name} the loss should be {wanted:.4f}, yours is {given:.4f}"
