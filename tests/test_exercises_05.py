@@ -93,7 +93,7 @@ def test_says_when_only_the_condition_is_missing():
         ),
         (lambda z, p: -torch.minimum(p, z.softmax(-1)).log().sum(-1).mean(), "should be"),
         (lambda z, p: -overlap(z, p).log(), "return one number"),
-        (lambda z, p: float(lk_alpha(z, p)), "return a tensor"),
+        (lambda z, p: lk_alpha(z, p).item(), "return a tensor"),
         (lambda z, p: lk_alpha(z.detach(), p), "no gradient reaches the logits"),
         (
             lambda z, p: lk_alpha(z, p).detach() + 0 * z.sum(),
