@@ -309,6 +309,40 @@ def agreement(
     typer.echo(forced.table(result))
 
 
+@app.command()
+def figure(
+    name: Annotated[str, typer.Argument(help="headline")],
+    out: Annotated[Path | None, typer.Option(help="PNG; beside the results if unset.")] = None,
+) -> None:
+    """Draw a figure again from the archived results."""
+    import json
+
+    import matplotlib
+
+    from bdlib import assets, figures
+
+    if name != "headline":
+        raise ValueError(f"unknown figure {name!r}; allowed: headline")
+    root = assets.checkout()
+    if root is None:
+        raise ValueError(
+            "the archived results are in a checkout of the repository; run this in one"
+        )
+    matplotlib.use("Agg")
+    folder = root / "data" / "results"
+    paths = sorted(folder.glob("agreement_4096_*.json"))
+    if not paths:
+        raise ValueError(f"no agreement_4096_*.json among the archived results in {folder.name}")
+    figures.use_style()
+    results = [json.loads(path.read_text(encoding="utf8")) for path in paths]
+    drawn, _ = figures.agreement_by_budget(results, "chunk_topk_recent")
+    out = out or folder / f"{name}.png"
+    scratch = out.with_name(f".{out.name}.writing")
+    drawn.savefig(scratch, dpi=110, format="png", metadata={"Software": None})
+    scratch.replace(out)
+    typer.echo(f"wrote {out.name} from {len(paths)} archived results")
+
+
 bench = typer.Typer(help="Time parts of the library against what they replace.")
 app.add_typer(bench, name="bench", no_args_is_help=True)
 

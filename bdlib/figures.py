@@ -149,7 +149,7 @@ def _token_html(text: str, kind: str) -> str:
 def selection_map(
     ax: Axes, positions: Mapping[str, Sequence[int]], length: int, mass: Mapping[str, float]
 ) -> Axes:
-    """Which positions each policy keeps: one row a policy, a tick a kept position.
+    """Which positions each policy keeps: one row a policy, a mark a kept position.
 
     Parameters
     ----------
@@ -161,11 +161,102 @@ def selection_map(
         Captured attention mass by policy name, 0 to 1, written beside the row.
     """
     for row, (name, kept) in enumerate(positions.items()):
-        ax.vlines(list(kept), row - 0.36, row + 0.36, color=CYCLE[row % len(CYCLE)], lw=0.6)
+        color = CYCLE[row % len(CYCLE)]
+        # The line keeps a single position visible where a token is narrower than a pixel.
+        ax.broken_barh(_runs(kept), (row - 0.36, 0.72), color=color, linewidth=0.6)
         ax.text(length * 1.01, row, f"{mass[name]:.0%}", va="center", fontsize=10)
+    ax.text(length * 1.01, -0.75, "captured", fontsize=9, color="#444444")
     ax.set_yticks(range(len(positions)), list(positions))
     ax.set_xlim(-length * 0.005, length)
     ax.set_ylim(len(positions) - 0.5, -0.5)
     ax.set_xlabel("position in the context (tokens)")
     ax.grid(False)
     return ax
+
+
+def _runs(positions: Iterable[int]) -> list[tuple[int, int]]:
+    """Runs of neighbouring positions as (first, how many), ascending."""
+    runs: list[tuple[int, int]] = []
+    for position in sorted(positions):
+        if runs and position == sum(runs[-1]):
+            runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+        else:
+            runs.append((position, 1))
+    return runs
+
+
+def kept_words(
+    ax: Axes,
+    words: Sequence[str],
+    positions: Mapping[str, Sequence[int]],
+    mass: Mapping[str, float],
+) -> Axes:
+    """Like :func:`selection_map` for a short text: one column a word, kept words spelled out.
+
+    A kept word stands in a coloured cell, a dropped one leaves an empty cell.
+    """
+    for row, (name, kept) in enumerate(positions.items()):
+        cells = [(column - 0.5, 1) for column in range(len(words))]
+        look = {"edgecolor": "#BBBBBB", "linewidth": 0.8, "zorder": 1}
+        ax.broken_barh(cells, (row - 0.42, 0.84), facecolor="white", **look)
+        color = CYCLE[row % len(CYCLE)]
+        ax.broken_barh([cells[i] for i in kept], (row - 0.42, 0.84), color=color, alpha=0.35)
+        for column in kept:
+            ax.text(column, row, words[column], ha="center", va="center", fontsize=8.5)
+        ax.text(len(words) - 0.3, row, f"{mass[name]:.0%}", va="center", fontsize=10)
+    ax.text(len(words) - 0.3, -0.65, "captured", fontsize=9, color="#444444")
+    ax.set_yticks(range(len(positions)), list(positions))
+    ax.set_xticks(range(len(words)), range(len(words)), fontsize=9)
+    ax.set_xlim(-0.5, len(words) - 0.5)
+    ax.set_ylim(len(positions) - 0.5, -0.5)
+    ax.set_xlabel("position (words)")
+    ax.grid(False)
+    return ax
+
+
+def agreement_by_budget(results: Sequence[Mapping[str, Any]], policy: str) -> tuple[Figure, Axes]:
+    """Teacher-forced agreement against the budget, one line a drafter, with its full-cache level.
+
+    Parameters
+    ----------
+    results
+        What :func:`bdlib.forced.run` returned, of one context length, one for each kind of text; means
+        and 95 % intervals are over the windows of all.
+    """
+    import matplotlib.pyplot as plt
+
+    from bdlib import forced
+
+    records = [record for result in results for record in result["records"]]
+    rows = forced.summary([r for r in records if r["policy"] in (policy, None)])
+    names = sorted({row["drafter"] for row in rows})
+    budgets = sorted({row["budget"] for row in rows if row["budget"]})
+    fig, ax = plt.subplots(figsize=(8, 4.2))
+    series, bars = {}, {}
+    for i, name in enumerate(names):
+        found = {row["budget"]: row["agreement"] for row in rows if row["drafter"] == name}
+        series[name] = [found[b]["mean"] for b in budgets]
+        bars[name] = [(found[b]["low"], found[b]["high"]) for b in budgets]
+        ax.axhline(found[None]["mean"], color=CYCLE[i], ls="--", lw=1.2)
+        ax.annotate(
+            "full cache", (budgets[-1], found[None]["mean"]), (6, 0), textcoords="offset points",
+            va="center", color=CYCLE[i], fontsize=9,
+        )  # fmt: skip
+    lines(ax, budgets, series, bars)
+    ax.set_xscale("log", base=2)
+    ax.set_xticks(budgets, [str(b) for b in budgets])
+    ax.minorticks_off()
+    first = results[0]
+    ax.set(xlabel="budget (entries per layer and KV head)", ylim=(0, None))
+    ax.set(ylabel="top-1 agreement with the target")
+    ax.set_title(
+        f"A trained drafter keeps its acceptance (context {first['settings']['context']:,})"
+    )
+    ax.legend(loc="lower right")
+    windows = len({(r["document"], r["offset"]) for r in records})
+    caption(
+        fig,
+        f"SmolLM2-135M, {first['dtype']}; human text, teacher-forced; {policy}; {windows} windows of"
+        f" {len(results)} kinds, seed {first['settings']['seed']}; bars: 95 % intervals.",
+    )
+    return fig, ax
