@@ -10,6 +10,7 @@ Contract: :func:`train` leaves a folder with ``training.pt`` and ``log.jsonl`` (
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable
@@ -21,6 +22,7 @@ import torch
 
 from bdlib import models, teacher
 from bdlib.budgets import BudgetSampler, fixed
+from bdlib.continuations import ContinuationSettings, continued, prompts
 from bdlib.objectives import Objective
 from bdlib.training import LOG, Trainer, TrainSettings
 from bdlib.transformer import Decoder
@@ -51,6 +53,8 @@ class Recipe:
         What :func:`bdlib.corpora.load_texts` takes, or ``"pg19"`` (the hub's training split).
     windows
         Window length in tokens, and how many windows of it.
+    own
+        Windows of the target's own text besides (:mod:`bdlib.continuations`); ``None`` for none.
     top, last
         See :class:`bdlib.teacher.TeacherSettings`.
     """
@@ -65,6 +69,7 @@ class Recipe:
     rows: int | None = 16_384
     text: str = "embedded:train"
     windows: dict[int, int] = field(default_factory=lambda: {2048: 256, 4096: 64})
+    own: ContinuationSettings | None = None
     top: int = 32
     last: int | None = None
 
@@ -131,11 +136,20 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "quick",
-            "A few steps on a few windows: to watch a loss fall within a minute.",
-            replace(_STANDALONE, steps=24, warmup=4, share=0.25, block=32, budgets=fixed(128)),
-            layers=(0, 29),
+            "budgetdraft-feature, a toy: a few steps on one novel, to watch a loss fall in a minute.",
+            replace(
+                _FEATURE,
+                budgets=BudgetSampler({64: 0.4, 128: 0.4, 256: 0.2}),
+                share=0.25,
+                block=32,
+                draft_steps=2,
+                steps=28,
+                warmup=5,
+            ),
+            kind="feature",
             rows=8192,
-            windows={512: 12},
+            text="embedded:austen-persuasion",
+            windows={512: 8},
         ),
         Recipe(
             "paper",
@@ -191,20 +205,38 @@ def targets(
     Recipes that differ only in how they train share them.
     """
     taps = recipe.taps if recipe.kind == "feature" else ()
-    stores = []
+    settings = teacher.TeacherSettings(recipe.top, taps, recipe.last)
+    wanted = []
     for length, count in recipe.windows.items():
-        name = f"{_slug(recipe.text)}-{length}x{count}"
+        source = f"{recipe.text}, windows of {length}, seed {length}"
+        cut = functools.partial(_windows, recipe, pair, length, count)
+        wanted.append((f"{_slug(recipe.text)}-{length}x{count}", count, source, cut))
+    if recipe.own is not None:
+        own = recipe.own
+        source = f"answers of {recipe.pair} about {recipe.text}, {own}"
+        cut = functools.partial(_own_windows, recipe, pair, progress)
+        wanted.append(
+            (f"own-{_slug(recipe.text)}-{own.length}x{own.windows}", own.windows, source, cut)
+        )
+    stores = []
+    for name, count, source, cut in wanted:
         place = Path(folder) / (name + ("-features" if taps else ""))
         if not taps and (Path(folder) / f"{name}-features" / "teacher.json").is_file():
             place = Path(folder) / f"{name}-features"  # holds all that is needed, and more
-        settings = teacher.TeacherSettings(recipe.top, taps, recipe.last)
         found = _existing(place, count, settings)
         if found is None:
-            windows = _windows(recipe, pair, length, count)
-            source = f"{recipe.text}, windows of {length}, seed {length}"
-            found = teacher.compute(pair.target, windows, place, settings, progress, source)
+            found = teacher.compute(pair.target, cut(), place, settings, progress, source)
         stores.append(found)
     return stores
+
+
+def _own_windows(
+    recipe: Recipe, pair: Pair, progress: Callable[[int, int], None] | None
+) -> torch.Tensor:
+    from bdlib import corpora
+
+    asked = prompts(pair.tokenizer, corpora.load_texts(recipe.text), recipe.own)
+    return continued(pair.target, asked, recipe.own, sorted(pair.stop_tokens), progress)
 
 
 def _existing(

@@ -1,0 +1,71 @@
+"""The target's own text: sampled as single sequences would be, full windows, the same each time."""
+
+from collections import Counter
+
+import pytest
+import tiny
+import torch
+from scipy import stats
+
+from bdlib import assets, corpora
+from bdlib.continuations import REQUESTS, ContinuationSettings, continued, prompts
+
+
+def test_answers_follow_their_prompts_and_repeat():
+    target = tiny.model(seed=1)
+    asked = torch.stack([tiny.text(9, seed=i) for i in range(5)])
+    settings = ContinuationSettings(5, length=21, answer=12, batch=2, seed=3)
+    found = continued(target, asked, settings, stop_tokens=(0, 4))
+    assert found.shape == (5, 21)
+    assert torch.equal(found[:, :9], asked)
+    assert not set(found[:, 9:].flatten().tolist()) & {0, 4}
+    assert torch.equal(found, continued(target, asked, settings, stop_tokens=(0, 4)))
+
+
+def test_first_tokens_have_the_targets_distribution():
+    target, prompt = tiny.model(seed=2), tiny.text(11, seed=7)
+    settings = ContinuationSettings(3000, length=12, answer=1, temperature=0.7, batch=500)
+    found = continued(target, prompt.expand(3000, -1), settings)[:, -1]
+    probs = torch.softmax(target(prompt[None])[0, -1] / 0.7, -1)
+    counts = Counter(found.tolist())
+    likely = probs * 3000 > 5
+    seen = torch.tensor([counts[i] for i in range(len(probs))], dtype=torch.float64)
+    observed, expected = seen[likely].tolist(), (probs[likely] * 3000).tolist()
+    if not likely.all():
+        observed.append(float(seen[~likely].sum()))
+        expected.append(float(probs[~likely].sum() * 3000))
+    assert stats.chisquare(observed, expected).pvalue > 1e-3
+
+
+def test_greedy_answers_are_those_of_single_sequences():
+    target = tiny.model(seed=4)
+    asked = torch.stack([tiny.text(8, seed=i) for i in range(3)])
+    settings = ContinuationSettings(3, length=18, answer=10, temperature=0.0, batch=3)
+    found = continued(target, asked, settings)
+    for row, prompt in zip(found, asked, strict=True):
+        assert row[8:].tolist() == tiny.greedy(target, prompt, 10)
+
+
+def test_prompts_are_requests_about_passages():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(assets.model_folder("smollm2"))
+    settings = ContinuationSettings(4, length=300, answer=100)
+    asked = prompts(tokenizer, corpora.embedded("held-out")[:1], settings)
+    assert asked.shape == (4, 200)
+    texts = [tokenizer.decode(row) for row in asked]
+    assert all(any(request in text for request in REQUESTS) for text in texts)
+    assert len(set(texts)) == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"windows": 0}, "windows 0"),
+        ({"answer": 30}, "answer 30 must be shorter than the window of 30"),
+        ({"temperature": -1}, "temperature -1"),
+    ],
+)
+def test_bad_settings_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        ContinuationSettings(**{"windows": 2, "length": 30, "answer": 10, **change})
