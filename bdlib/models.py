@@ -33,6 +33,7 @@ from bdlib.transformer import Decoder, DecoderConfig, Linear
 
 SCHEMA = 1
 CONFIG_FILE, WEIGHTS_FILE, SCALE = "drafter.json", "drafter.safetensors", ":scale"
+SHIPPED = "data/checkpoints"  # in a checkout
 
 
 def export(drafter: Decoder, folder: str | Path, target: Decoder) -> None:
@@ -261,6 +262,25 @@ def save_drafter(
         scratch = folder / f"{name}.writing"
         scratch.write_text(text, encoding="utf8")
         os.replace(scratch, folder / name)
+
+
+def checkpoint(name: str) -> Path:
+    """The folder of a shipped drafter, for example ``"budgetdraft-feature"``.
+
+    Raises
+    ------
+    ValueError
+        If this is no checkout, or no drafter of that name is shipped; names those that are.
+    """
+    from bdlib import assets
+
+    root = assets.checkout()
+    if root is None:
+        raise ValueError("shipped drafters lie in data/checkpoints of a checkout; this is none")
+    shipped = sorted(path.parent.name for path in (root / SHIPPED).glob(f"*/{CONFIG_FILE}"))
+    if name not in shipped:
+        raise ValueError(f"no shipped drafter {name!r}; there: {', '.join(shipped) or 'none'}")
+    return root / SHIPPED / name
 
 
 def load_drafter(

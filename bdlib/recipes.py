@@ -55,6 +55,8 @@ class Recipe:
         Window length in tokens, and how many windows of it.
     own
         Windows of the target's own text besides (:mod:`bdlib.continuations`); ``None`` for none.
+    start
+        Shipped drafter to go on from; ``None`` starts anew.
     top, last
         See :class:`bdlib.teacher.TeacherSettings`.
     """
@@ -70,6 +72,7 @@ class Recipe:
     text: str = "embedded:train"
     windows: dict[int, int] = field(default_factory=lambda: {2048: 256, 4096: 64})
     own: ContinuationSettings | None = None
+    start: str | None = None
     top: int = 32
     last: int | None = None
 
@@ -83,6 +86,7 @@ class Recipe:
 
 
 BUDGETS = BudgetSampler({128: 0.15, 256: 0.35, 512: 0.25, 1024: 0.15, 2048: 0.1})
+_SHORT = BudgetSampler({128: 0.2, 256: 0.4, 512: 0.25, 1024: 0.15})
 POLICIES = ("chunk_topk", "chunk_topk_recent", "sink_window")
 _STANDALONE = TrainSettings(
     objective=Objective("ce", "ce", 0.5),
@@ -133,6 +137,15 @@ RECIPES: dict[str, Recipe] = {
             "One layer on the target's states, trained over three draft steps at sampled budgets.",
             _FEATURE,
             kind="feature",
+        ),
+        Recipe(
+            "budgetdraft-feature-chat",
+            "The feature-conditioned drafter, trained on with the target's own answers to requests.",
+            replace(_FEATURE, steps=300, warmup=20, lr=1e-3, budgets=_SHORT),
+            kind="feature",
+            windows={2048: 256},
+            own=ContinuationSettings(128, length=1024, answer=384, batch=32),
+            start="budgetdraft-feature",
         ),
         Recipe(
             "quick",
@@ -276,6 +289,11 @@ def untrained(recipe: Recipe, pair: Pair) -> Decoder:
     from bdlib import corpora
 
     target, rows = pair.target, None
+    if recipe.start is not None:
+        found = models.load_drafter(models.checkpoint(recipe.start), target, torch.float32, False)
+        for name, parameter in found.named_parameters():
+            parameter.requires_grad_(name != "embedding")
+        return found
     if recipe.kind == "hub":
         if pair.drafter is None:
             raise ValueError(f"recipe {recipe.name!r}: the pair {pair.name!r} has no second model")
@@ -384,6 +402,8 @@ def card(recipe: Recipe, provenance: dict[str, Any]) -> str:
         ("drafter", kinds[recipe.kind]),
         ("draft vocabulary", f"{recipe.rows:,} tokens" if recipe.rows else "all tokens"),
         ("text", f"{recipe.text} in windows of {recipe.windows}"),
+        ("own text", "none" if recipe.own is None else f"{recipe.own.windows} sampled answers"),
+        ("begins from", recipe.start or "nothing"),
         (
             "trained for",
             f"{provenance['steps']:,} of {s.steps:,} steps, {provenance['tokens']:,} tokens",

@@ -252,3 +252,29 @@ def test_bad_agreement_settings_are_refused(change, message):
     good = {"drafters": ("x",), "budgets": (24,), "context": 120, "positions": 24, "block": 12}
     with pytest.raises(ValueError, match=message):
         forced.ForcedSettings(**{**good, **change})
+
+
+def test_a_recipe_can_go_on_from_a_shipped_drafter(place, pair, trained, tmp_path, monkeypatch):
+    """The target's own answers need a chat template, which the tiny tokenizer lacks: novels serve."""
+    monkeypatch.setattr(models, "checkpoint", lambda name: trained / name)
+    chosen = recipe(place, "budgetdraft-feature", start="budgetdraft-feature")
+    before = recipes.untrained(chosen, pair)
+    assert isinstance(before, models.FeatureDecoder)
+    expected = models.load_drafter(trained / "budgetdraft-feature", pair.target, torch.float32)
+    tokens, state = tiny.text(9, vocabulary=WORDS)[None], torch.randn(1, 9, 32)
+    assert torch.allclose(before.inputs(tokens, state), expected.inputs(tokens, state), atol=1e-5)
+    assert not before.embedding.requires_grad
+    trainer = recipes.train(chosen, tmp_path / "run", tmp_path / "teacher", pair)
+    assert not torch.equal(trainer.model.fuse.weight, before.fuse.weight)
+
+
+def test_own_answers_become_a_store(place, pair, tmp_path, monkeypatch):
+    from bdlib.continuations import ContinuationSettings
+
+    own = ContinuationSettings(3, length=60, answer=20, batch=2)
+    asked = torch.stack([tiny.text(40, seed=i, vocabulary=WORDS) for i in range(3)])
+    monkeypatch.setattr(recipes, "prompts", lambda *_: asked)
+    stores = recipes.targets(recipe(place, own=own), pair, tmp_path)
+    assert [store.windows.shape for store in stores] == [(6, 96), (4, 128), (3, 60)]
+    assert torch.equal(stores[2].tokens(1)[:40], asked[1])
+    assert "answers of" in stores[2].meta["source"]
