@@ -334,7 +334,9 @@ def figure(
     if not paths:
         raise ValueError(f"no agreement_4096_*.json among the archived results in {folder.name}")
     figures.use_style()
-    results = [json.loads(path.read_text(encoding="utf8")) for path in paths]
+    results = {
+        path.stem.rpartition("_")[2]: json.loads(path.read_text(encoding="utf8")) for path in paths
+    }
     drawn, _ = figures.agreement_by_budget(results, "chunk_topk_recent")
     out = out or folder / f"{name}.png"
     scratch = out.with_name(f".{out.name}.writing")

@@ -214,49 +214,46 @@ def kept_words(
     return ax
 
 
-def agreement_by_budget(results: Sequence[Mapping[str, Any]], policy: str) -> tuple[Figure, Axes]:
-    """Teacher-forced agreement against the budget, one line a drafter, with its full-cache level.
+def agreement_by_budget(
+    results: Mapping[str, Mapping[str, Any]], policy: str
+) -> tuple[Figure, Sequence[Axes]]:
+    """Teacher-forced agreement against the budget: a panel a kind of text, a line a drafter.
 
     Parameters
     ----------
     results
-        What :func:`bdlib.forced.run` returned, of one context length, one for each kind of text; means
-        and 95 % intervals are over the windows of all.
+        What :func:`bdlib.forced.run` returned, by kind of text, all of one context length. Means and
+        95 % intervals are over windows; a dashed line is the full cache.
     """
     import matplotlib.pyplot as plt
 
-    from bdlib import forced
-
-    records = [record for result in results for record in result["records"]]
-    rows = forced.summary([r for r in records if r["policy"] in (policy, None)])
-    names = sorted({row["drafter"] for row in rows})
-    budgets = sorted({row["budget"] for row in rows if row["budget"]})
-    fig, ax = plt.subplots(figsize=(8, 4.2))
-    series, bars = {}, {}
-    for i, name in enumerate(names):
-        found = {row["budget"]: row["agreement"] for row in rows if row["drafter"] == name}
-        series[name] = [found[b]["mean"] for b in budgets]
-        bars[name] = [(found[b]["low"], found[b]["high"]) for b in budgets]
-        ax.axhline(found[None]["mean"], color=CYCLE[i], ls="--", lw=1.2)
-        ax.annotate(
-            "full cache", (budgets[-1], found[None]["mean"]), (6, 0), textcoords="offset points",
-            va="center", color=CYCLE[i], fontsize=9,
-        )  # fmt: skip
-    lines(ax, budgets, series, bars)
-    ax.set_xscale("log", base=2)
-    ax.set_xticks(budgets, [str(b) for b in budgets])
-    ax.minorticks_off()
-    first = results[0]
-    ax.set(xlabel="budget (entries per layer and KV head)", ylim=(0, None))
-    ax.set(ylabel="top-1 agreement with the target")
-    ax.set_title(
-        f"A trained drafter keeps its acceptance (context {first['settings']['context']:,})"
+    fig, axes = plt.subplots(
+        1, len(results), figsize=(3.4 * len(results), 3.8), sharey=True, squeeze=False
     )
-    ax.legend(loc="lower right")
-    windows = len({(r["document"], r["offset"]) for r in records})
+    for ax, (kind, result) in zip(axes[0], results.items(), strict=True):
+        rows = [row for row in result["summary"] if row["policy"] in (policy, None)]
+        budgets = sorted({row["budget"] for row in rows if row["budget"]})
+        series, bars = {}, {}
+        for i, name in enumerate(dict.fromkeys(row["drafter"] for row in rows)):
+            found = {row["budget"]: row["agreement"] for row in rows if row["drafter"] == name}
+            series[name] = [found[b]["mean"] for b in budgets]
+            bars[name] = [(found[b]["low"], found[b]["high"]) for b in budgets]
+            label = "full cache" if i == 0 else None
+            style = {"ls": "--", "lw": 1.2, "zorder": 0}
+            ax.axhline(found[None]["mean"], color=CYCLE[i], label=label, **style)
+        lines(ax, budgets, series, bars)
+        ax.set_xscale("log", base=2)
+        ax.set_xticks(budgets, [str(b) for b in budgets])
+        ax.minorticks_off()
+        ax.set(title=kind, xlabel="budget (entries)", ylim=(0, None))
+    axes[0][0].set_ylabel("top-1 agreement with the target")
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+    first = next(iter(results.values()))
+    settings = first["settings"]
     caption(
         fig,
-        f"SmolLM2-135M, {first['dtype']}; human text, teacher-forced; {policy}; {windows} windows of"
-        f" {len(results)} kinds, seed {first['settings']['seed']}; bars: 95 % intervals.",
+        f"SmolLM2-135M, {first['dtype']}; teacher-forced on human text, context"
+        f" {settings['context']:,}; {policy}; {settings['samples']} windows a kind, seed"
+        f" {settings['seed']}; bars: 95 % intervals.",
     )
-    return fig, ax
+    return fig, axes[0]
