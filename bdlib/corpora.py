@@ -105,7 +105,8 @@ def load_texts(path: str | os.PathLike[str], kind: str | None = None) -> list[Do
     path
         A ``.txt`` file (one document), a ``.jsonl`` file (one document a line, in any
         layout below), a folder of such files (searched recursively, in sorted order),
-        or ``embedded:train``, ``embedded:held-out``, ``embedded:all``.
+        or ``embedded:train``, ``embedded:held-out``, ``embedded:all``, or one embedded text by
+        its name, ``embedded:austen-emma``.
     kind
         Overrides the kind that the layout implies.
 
@@ -123,7 +124,9 @@ def load_texts(path: str | os.PathLike[str], kind: str | None = None) -> list[Do
         known layout. The message names the file and the line.
     """
     if str(path).startswith(_EMBEDDED_PREFIX):
-        documents = embedded(str(path).removeprefix(_EMBEDDED_PREFIX))
+        name = str(path).removeprefix(_EMBEDDED_PREFIX)
+        named = [] if name in SPLITS else [d for d in embedded("all") if d.name == name]
+        documents = named or embedded(name)
     else:
         documents = list(_load_path(Path(path).expanduser()))
     if kind is None:

@@ -12,13 +12,15 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from bdlib.recipes import Recipe
     from bdlib.selection import Policy, Selection
+    from bdlib.training import TrainSettings
     from bdlib.transformer import DecoderConfig
 
 
@@ -738,3 +740,140 @@ def _lk_complaint(given: float, logits: Tensor, p: Tensor, name: str, wanted: fl
         if math.isfinite(value) and math.isclose(given, value, rel_tol=1e-6, abs_tol=1e-9):
             return complaint
     return f"for {name} the loss should be {wanted:.4f}, yours is {given:.4f}"
+
+
+# -------------------------------------------------------------------- lesson 06
+
+
+def check_changed_run(
+    settings: TrainSettings | None,
+    entries: float | None,
+    first_loss: float | None,
+    recipe: Recipe,
+    baseline: Sequence[Mapping[str, Any]],
+    retrain: Callable[[TrainSettings], Sequence[Mapping[str, Any]]],
+) -> Verdict:
+    """Check a run with another lambda or other budgets, and two predictions about it; then train it.
+
+    Parameters
+    ----------
+    settings
+        The recipe's, with one of the two changed.
+    entries
+        Predicted: cache entries that a sparse view keeps on average.
+    first_loss
+        Predicted: the loss of step 0.
+    baseline
+        Log lines of the unchanged run.
+    retrain
+        ``retrain(settings)`` trains from the start and gives its log lines; called when all is right.
+    """
+    if settings is None:
+        return TODO
+    if fault := _change_fault(settings, recipe):
+        return Verdict(False, fault)
+    for name, value in (("my_entries", entries), ("my_first_loss", first_loss)):
+        if value is None:
+            return Verdict(None, f"the settings will do; now predict {name}")
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            return Verdict(False, f"{name} must be a number, not a {type(value).__name__}")
+    steps = range(settings.steps)
+    right = math.fsum(settings.budgets.expectation(step=s) for s in steps) / len(steps)
+    if abs(entries - right) > 0.51:  # rounding to a whole entry is fine
+        return Verdict(False, _entries_complaint(entries, right, settings, recipe.settings))
+    first = baseline[0]
+    full, sparse = first["full"]["loss"], [view["loss"] for view in first["views"]]
+    weight, mean = settings.objective.weight, math.fsum(sparse) / len(sparse)
+    wanted = full + weight * mean
+    if not math.isclose(first_loss, wanted, rel_tol=0.01):
+        mistakes = {
+            "this is L_A alone; the sparse views add to it": full,
+            "this is the loss of the unchanged run: what does your lambda make of its parts?": (
+                full + recipe.settings.objective.weight * mean
+            ),
+            "lambda is missing: it multiplies the sparse views' loss": full + mean,
+            "lambda multiplies the sparse views' loss alone, not L_A": weight * (full + mean),
+            "lambda takes no weight from L_A, which counts in full": (1 - weight) * full
+            + weight * mean,
+            "the views' losses are averaged, not added up": full + weight * math.fsum(sparse),
+        }
+        for complaint, value in mistakes.items():
+            if math.isclose(first_loss, value, rel_tol=0.01):
+                return Verdict(False, f"my_first_loss: {complaint}")
+        return Verdict(
+            False,
+            f"my_first_loss: the unchanged run began with L_A = {full:.3f} and the views at"
+            f" {mean:.3f} on average; the weights begin the same, so with lambda {weight:g} it"
+            f" should be {wanted:.3f}, not {first_loss:.3f}",
+        )
+    lines = retrain(settings)
+    late = len(lines) * 2 // 3
+
+    def agreement(log: Sequence[Mapping[str, Any]]) -> str:
+        full = [line["full"]["agreement"] for line in log[late:]]
+        views = [view["agreement"] for line in log[late:] for view in line["views"]]
+        return f"{sum(full) / len(full):.3f} in full, {sum(views) / len(views):.3f} sparse"
+
+    return Verdict(
+        True,
+        f"a view keeps {right:g} entries on average, and the loss began at {lines[0]['loss']:.3f}"
+        f" (predicted {first_loss:.3f}). Agreement in the last third: {agreement(lines)}; the"
+        f" unchanged run: {agreement(baseline)}",
+    )
+
+
+def _change_fault(settings: object, recipe: Recipe) -> str | None:
+    """Why settings are no changed run of a recipe, or ``None``."""
+    from dataclasses import fields, replace
+
+    from bdlib.training import TrainSettings
+
+    default = recipe.settings
+    if not isinstance(settings, TrainSettings):
+        return (
+            f"my_settings must be TrainSettings, not a {type(settings).__name__}: use"
+            " replace(recipe.settings, objective=...) or replace(recipe.settings, budgets=...)"
+        )
+    reweighted = replace(default.objective, weight=settings.objective.weight)
+    others = [
+        field.name
+        for field in fields(settings)
+        if field.name not in ("objective", "budgets")
+        and getattr(settings, field.name) != getattr(default, field.name)
+    ]
+    if settings.objective != reweighted:
+        others.insert(0, "objective (more than its weight)")
+    if others:
+        return f"{', '.join(others)} changed too: keep all but lambda or the budgets as they are"
+    moved = settings.objective != default.objective, settings.budgets != default.budgets
+    if not any(moved):
+        return "these are the settings of the run that you have: change lambda or the budgets"
+    if all(moved):
+        return "lambda and the budgets both changed: you could not tell which of them did it"
+    window = max(recipe.windows)
+    ever = {b for s in (0, settings.steps) for b in settings.budgets.probabilities(s)}
+    if max(ever) > window:
+        return f"a budget of {max(ever):,} keeps all of a window of {window:,} tokens: not sparse"
+    return None
+
+
+def _entries_complaint(
+    given: float, right: float, settings: TrainSettings, default: TrainSettings
+) -> str:
+    chances = settings.budgets.probabilities()
+    mistakes = {
+        "this is the unchanged run's": default.budgets.expectation(),
+        "weigh each budget by its probability: this is their plain average": math.fsum(chances)
+        / len(chances),
+        "this is the most frequent budget, not the average": max(chances, key=chances.__getitem__),
+        "this is the largest budget, not the average": max(chances),
+        "of one view, please, not of all views together": settings.views * right,
+        "the block's own tokens count towards the budget: do not take them off": right
+        - settings.block,
+    }
+    for complaint, value in mistakes.items():
+        if abs(given - value) <= 0.51:
+            return f"my_entries: {complaint}"
+    parts = " + ".join(f"{p:g} x {b}" for b, p in chances.items())
+    moving = "; they move, take the mean over the steps" if settings.budgets.end else ""
+    return f"my_entries: {given:g} is not the sum of probability x budget ({parts}{moving})"
