@@ -181,7 +181,9 @@ class _Transformers:
 
     def steps(self, prompt: torch.Tensor, count: int) -> list[float]:
         """Seconds of each of ``count`` steps after the first token; the cache holds the prompt."""
-        self.cache.crop(len(prompt) - 1)
+        surplus = self.cache.get_seq_length() - (len(prompt) - 1)
+        if surplus:
+            self.cache.crop(-surplus)  # transformers takes the number of tokens to remove, negative
         return self._generate(prompt, count + 1)[1:]
 
     def _generate(self, prompt: torch.Tensor, count: int) -> list[float]:
@@ -203,7 +205,7 @@ class _Transformers:
         self.model.generate(
             prompt[None],
             attention_mask=torch.ones_like(prompt[None]),
-            past_key_values=self.cache,
+            cache=self.cache,
             max_new_tokens=count,
             do_sample=False,
             streamer=Stamps(),
