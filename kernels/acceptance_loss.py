@@ -253,7 +253,8 @@ class Positions(torch.autograd.Function):
     def forward(ctx, logits, index, probs, loss):
         positions, size = logits.shape
         step = logits.stride(0)
-        lse, *found = torch.empty((5, positions), dtype=torch.float32, device=logits.device)
+        room = {"dtype": torch.float32, "device": logits.device}
+        lse, *found = (torch.empty(positions, **room) for _ in range(5))
         ctx.numbers, ctx.tile = (
             (size, step, index.shape[1]),
             tile(loss, step % 16 == 0 and size % 16 == 0),

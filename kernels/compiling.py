@@ -137,10 +137,8 @@ def configurations(names: Iterable[str] = MODULES) -> list[Configuration]:
     return found
 
 
-def compile_kernel(configuration: Configuration, target: Target) -> Any:
-    """What ``triton.compile`` returns: ``.asm`` holds the code at every stage."""
-    import triton
-    from triton.backends.compiler import GPUTarget
+def source_of(configuration: Configuration, target: Target) -> Any:
+    """What triton compiles: a function with the types, constants and divisibility of its arguments."""
     from triton.compiler import ASTSource
 
     function = configuration.kernel.jitted
@@ -158,9 +156,17 @@ def compile_kernel(configuration: Configuration, target: Target) -> Any:
             signature[name] = parameter.annotation_type or "i32"
         if name.endswith(("_ptr", "_stride")):
             facts[(parameter.num,)] = [["tt.divisibility", 16]]
-    source = ASTSource(function, signature, constants, facts)
+    return ASTSource(function, signature, constants, facts)
+
+
+def compile_kernel(configuration: Configuration, target: Target) -> Any:
+    """What ``triton.compile`` returns: ``.asm`` holds the code at every stage."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+
     gpu = GPUTarget(target.backend, target.arch, target.warp)
-    return triton.compile(source, target=gpu, options=dict(configuration.launch))
+    options = dict(configuration.launch)
+    return triton.compile(source_of(configuration, target), target=gpu, options=options)
 
 
 def examine(configuration: Configuration, target: Target) -> Compiled:
@@ -330,6 +336,22 @@ def _about(tools: dict, todo: list[Configuration], targets: Sequence[str], rows:
         "faults": bad,
         "sources": {name: source_digest(kernel) for name, kernel in sorted(kernels.items())},
     }
+
+
+def summary(rows: Sequence[Compiled]) -> str:
+    """A line for each kernel and target: the most that any of its configurations takes."""
+    groups: dict[tuple[str, str], list[Compiled]] = {}
+    for row in rows:
+        groups.setdefault((row.kernel, row.target), []).append(row)
+    lines = [
+        f"{'kernel':<34} {'target':<8} {'count':>5} {'registers':>9} {'spilled':>7} {'KiB':>6}"
+    ]
+    for (kernel, target), group in sorted(groups.items()):
+        registers, spilled = max(r.registers for r in group), max(r.spilled for r in group)
+        shared = max(r.shared for r in group) / 1024
+        numbers = f"{len(group):>5} {registers:>9} {spilled:>7} {shared:>6.1f}"
+        lines.append(f"{kernel:<34} {target:<8} {numbers}")
+    return "\n".join(lines)
 
 
 def _write_csv(path: Path, rows: list[Compiled]) -> None:

@@ -271,11 +271,16 @@ def dkv_kernel(
         tl.atomic_add(dv_ptr + there, dv, mask=real[:, None], sem="relaxed")
 
 
+TILES = {  # rows, keys at once, warps: the largest that no target spills
+    "forward": {"half": (64, 32, 8), "float": (16, 32, 8)},
+    "dq": {"half": (64, 32, 4), "float": (16, 16, 4)},
+    "dkv": {"half": (32, 32, 4), "float": (16, 16, 4)},
+}
+
+
 def tile(name: str, dtype: torch.dtype, dim: int) -> dict:
-    """Constants and options of a kernel, ``forward``, ``dq`` or ``dkv``: the largest without spills."""
-    rows, block, warps = (32, 32, 4) if name == "dkv" else (64, 32, 8)
-    if dtype == torch.float32:
-        rows, block, warps = (16, 32, 8) if name == "forward" else (16, 16, 4)
+    """Constants and options of a kernel, ``forward``, ``dq`` or ``dkv``."""
+    rows, block, warps = TILES[name]["float" if dtype == torch.float32 else "half"]
     return {"D": dim, "ROWS": rows, "BLOCK": block, "num_warps": warps, "num_stages": 2}
 
 

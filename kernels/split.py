@@ -126,7 +126,7 @@ def tile(dtype: torch.dtype, dim: int, rows: int) -> dict:
         return {"D": dim, "ROWS": 16, "BLOCK": 32, "num_warps": 8, "num_stages": 2}
     if rows <= 16:
         return {"D": dim, "ROWS": 16, "BLOCK": 64, "num_warps": 4, "num_stages": 2}
-    return {"D": dim, "ROWS": 64, "BLOCK": 64, "num_warps": 8, "num_stages": 2}
+    return {"D": dim, "ROWS": 64, "BLOCK": 32, "num_warps": 8, "num_stages": 2}
 
 
 def allocate_parts(q: Tensor, splits: int) -> tuple[Tensor, Tensor]:
