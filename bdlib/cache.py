@@ -72,6 +72,7 @@ class QueryLog:
         self.slots = self.wanted + SLACK if self.recent else -(-capacity // self.stride)
         shape = (config.num_layers, batch, config.num_heads, self.slots, config.head_dim)
         self._queries = torch.zeros(shape, dtype=dtype, device=device)
+        self._held = torch.full((self.slots,), -1)  # position of the query in each slot
 
     def record(self, layer: int, q: Tensor, start: int) -> None:
         """Keep what is wanted of queries ``[B, H, n, D]`` at positions ``start`` and following."""
@@ -80,15 +81,30 @@ class QueryLog:
         if self.recent:
             first = max(first, stop - self.slots)
         if first < stop:
-            positions = torch.arange(first, stop, self.stride, device=q.device)
+            positions = torch.arange(first, stop, self.stride)
             slots = positions // self.stride % self.slots
+            self._held[slots] = positions
+            slots = slots.to(q.device)
             self._queries[layer].index_copy_(2, slots, q[:, :, first - start :: self.stride])
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:
-        """Queries ``[B, H, w, D]`` and their positions ``[w]`` among the first ``length`` tokens."""
+        """Queries ``[B, H, w, D]`` and their positions ``[w]`` among the first ``length`` tokens.
+
+        Raises
+        ------
+        ValueError
+            If later queries have overwritten them: more than :data:`SLACK` positions were forgotten.
+        """
         first = max(0, length - self.wanted) if self.recent else 0
-        positions = torch.arange(first, length, self.stride, device=self._queries.device)
-        return self._queries[layer][:, :, positions // self.stride % self.slots], positions
+        positions = torch.arange(first, length, self.stride)
+        slots = positions // self.stride % self.slots
+        if not torch.equal(self._held[slots], positions):
+            raise ValueError(
+                f"the queries before position {length} are gone: the cache went more than {SLACK}"
+                " tokens beyond it; prefill again, or start from a copy of its log"
+            )
+        device = self._queries.device
+        return self._queries[layer][:, :, slots.to(device)], positions.to(device)
 
 
 class KVCache:

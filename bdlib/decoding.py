@@ -125,7 +125,8 @@ def decode(
     ----------
     cache
         The target's, from :func:`bdlib.drafters.prefill`: it holds ``prompt`` but for its last token.
-        It is extended in place; rewind it to ``len(prompt) - 1`` to decode again.
+        It is extended in place; rewind it to ``len(prompt) - 1`` to decode again. (The log of recent
+        queries that some policies need outlives 128 tokens of that; measure keeps a copy of it.)
     prompt
         Token ids ``[T]``.
     drafter
