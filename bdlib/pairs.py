@@ -81,8 +81,6 @@ def load_pair(
         Unknown name, device or dtype; missing or damaged files; different vocabularies; a context
         beyond what the target can be stretched to.
     """
-    from transformers import AutoTokenizer
-
     from bdlib.transformer import Decoder, DecoderConfig
 
     if target is None:
@@ -102,13 +100,15 @@ def load_pair(
 
     folder = _folder(target)
     drafter_folder = None if drafter is None else _folder(drafter)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if drafter_folder is not None and (drafter_folder / "tokenizer_config.json").is_file():
-        other = AutoTokenizer.from_pretrained(drafter_folder)
-        check_vocabularies(tokenizer.get_vocab(), other.get_vocab())
+    config = DecoderConfig.read(folder)
+    tokenizer = _tokenizer(folder)
+    if drafter_folder is not None:
+        # A damaged one is told before the tokenizer trips over it.
+        DecoderConfig.read(drafter_folder)
+        if (drafter_folder / "tokenizer_config.json").is_file():
+            check_vocabularies(tokenizer.get_vocab(), _tokenizer(drafter_folder).get_vocab())
 
     factor = None
-    config = DecoderConfig.read(folder)
     if context is not None and context > config.max_positions:
         factor = -(-context // config.max_positions)
         if factor > 2 or config.rope["rope_type"] != "default":
@@ -180,6 +180,16 @@ def _folder(source: str | Path) -> Path:
     except (HfHubHTTPError, OSError) as error:
         raise ValueError(f"model {text!r} could not be fetched: {error}") from error
     return found
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # a damaged file raises whatever its reader stumbles over
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ValueError(f"the tokenizer of {folder} cannot be read: {first}") from error
 
 
 def _device(name: str) -> torch.device:

@@ -156,7 +156,13 @@ class DecoderConfig:
             raise ValueError(f"{folder} is not a model folder: it has no config.json")
         try:
             return cls.from_hf(json.loads(file.read_text(encoding="utf8")))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+        except (
+            json.JSONDecodeError,
+            UnicodeDecodeError,
+            KeyError,
+            TypeError,
+            AttributeError,
+        ) as error:
             raise ValueError(f"{file} is damaged or not a decoder's: {error!r}") from error
 
     def to_hf(self, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
