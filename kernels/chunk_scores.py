@@ -5,7 +5,8 @@ Formula, for a KV head and a query ``q`` of one of its heads, ``C = chunk_size``
     score[c] = q . (1/C) sum_{t in chunk c} k[t]  =  (1/C) sum_{t in chunk c} q . k[t]
 
 Grid: ``(B * H_kv * row tiles, pieces of the keys)``; a program multiplies its keys, block by block,
-with all queries of the heads that share them (up to 64 rows at once), and averages over chunks.
+with all queries of the heads that share them (64 rows at once, 16 in float32), and averages over
+chunks. It is compiled for chunks of 1 and 8 tokens; scores of other sizes are means of those.
 
 Bytes read: the keys once, ``B * H_kv * chunks * C * D`` elements, and the queries once a program, so
 pieces are at least 25 keys a query long. Written: one float32 a chunk and query.

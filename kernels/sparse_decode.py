@@ -13,8 +13,8 @@ keys: nothing is gathered into a copy. The pieces are merged by log-sum-exp
 (:mod:`bdlib.kernels.split`).
 
 Bytes read: the selected and recent keys and values once, ``2 * B * H_kv * budget * D`` elements, and 4
-bytes a chunk, as long as ``n * H / H_kv <= 64``: independent of the length of the context. The queries
-once a split. Written: as :mod:`bdlib.kernels.verify`.
+bytes a chunk (a unit of 1 or 8 tokens), as long as ``n * H / H_kv <= 64`` (16 in float32):
+independent of the length of the context. The queries once a split. Written: as :mod:`bdlib.kernels.verify`.
 """
 
 from __future__ import annotations

@@ -54,7 +54,7 @@ def row(**changes):
 # ---------------------------------------------------------------- compiling
 @needs_compiler
 @pytest.mark.slow
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["sm_80", "sm_100"])  # the stored table has the others
 @pytest.mark.parametrize("name", SAMPLE)
 def test_a_sample_compiles_without_fault(name, target):
     found = compiling.examine(SAMPLE[name], TARGETS[target])
