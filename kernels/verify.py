@@ -10,8 +10,8 @@ tail, where query ``i`` stops at its own position. The pieces are merged by log-
 (:mod:`bdlib.kernels.split`).
 
 Bytes read: keys and values once, ``2 * sum(lengths) * H_kv * D`` elements, as long as
-``n * H / H_kv <= 64`` (16 in float32); the queries once a split. Written: the output, ``B * H * n * D`` elements, and
-between the two kernels the parts, ``4 (D + 1)`` bytes a row and split.
+``n * H / H_kv <= 64`` (16 in float32); the queries once a split. Written: the output,
+``B * H * n * D`` elements, and between the two kernels the parts, ``4 (D + 1)`` bytes a row and split.
 """
 
 from __future__ import annotations
