@@ -180,7 +180,11 @@ def measure(
             )
             bar.update()
 
-        report = measuring.measure(settings, progress=show)
+        try:
+            report = measuring.measure(settings, progress=show)
+        except Exception:
+            bar.leave = False  # the error's line stands alone
+            raise
     if output is not None:
         report.write(output)
     typer.echo(report.table())

@@ -425,7 +425,7 @@ def _warm_up(settings: MeasureSettings, pair: Pair, drafter: Drafter, prompt: to
         prompt,
         drafter,
         gamma=settings.gamma,
-        max_new_tokens=settings.gamma + 2,
+        max_new_tokens=min(settings.gamma + 2, settings.new_tokens),
         sampling=settings.sampling,
         generator=torch.Generator(pair.device).manual_seed(settings.seed),
     )
