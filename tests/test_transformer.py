@@ -226,16 +226,31 @@ def test_a_cache_changes_nothing(pieces):
 
 
 @torch.inference_mode()
-def test_last_only_and_taps():
-    model, text = tiny.model(seed=3, num_layers=3), tiny.text(9)[None]
-    whole = model(text)
+def test_last_only():
+    model, text = tiny.model(seed=3), tiny.text(9)[None]
     # Products with one row and with nine may round differently.
-    assert torch.allclose(model(text, last_only=True), whole[:, -1:], atol=1e-12)
-    tapped = []
-    last = model.hidden(text, taps=(0, 2), tapped=tapped)
-    assert len(tapped) == 2
-    assert torch.equal(tapped[1], last)
-    assert torch.equal(model.logits(last), whole)
+    assert torch.allclose(model(text, last_only=True), model(text)[:, -1:], atol=1e-12)
+
+
+@torch.inference_mode()
+def test_a_cache_keeps_the_streams_that_are_asked_for():
+    """After a tapped layer: the model cut off there says the same."""
+    model, text = tiny.model(seed=3, num_layers=3), tiny.text(20)[None]
+    short = tiny.model(seed=3, num_layers=1)
+    short.load_state_dict({k: model.state_dict()[k] for k in short.state_dict()})
+    cache = KVCache(model.config, 30, dtype=torch.float64, taps=(0, 2))
+    for part in text.split((13, 1, 6), 1):
+        last = model.hidden(part, cache)
+    features = cache.features(0, 20)
+    assert features.shape == (1, 20, 2, 32)
+    assert torch.allclose(features[:, :, 0], short.hidden(text), atol=1e-12)
+    assert torch.equal(features[:, 14:, 1], last)
+    assert cache.feature_bytes() == 30 * 2 * 32 * 8
+    cache.rewind(5)
+    model.hidden(text[:, 5:9], cache)
+    assert torch.allclose(cache.features(0, 9), features[:, :9], atol=1e-12)
+    with pytest.raises(ValueError, match=r"features 3\.\.10 asked of a cache of 9 tokens"):
+        cache.features(3, 10)
 
 
 def test_sizes_in_bytes():
