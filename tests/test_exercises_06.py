@@ -137,6 +137,15 @@ def test_names_what_is_wrong_with_the_first_loss(first_loss, message):
     assert message in verdict.message
 
 
+def test_of_two_mistakes_that_give_nearly_the_same_it_names_the_nearer():
+    close = [line(7.5, (7.3, 7.4))] * 3
+    for first_loss, message in ((7.5, "L_A alone"), (0.75 * 7.5 + 0.25 * 7.35, "no weight")):
+        verdict = exercises.check_changed_run(
+            weighted(0.25), 128, first_loss, RECIPE, close, lambda settings: close
+        )
+        assert message in verdict.message
+
+
 def test_one_embedded_text_by_its_name():
     (book,) = corpora.load_texts(RECIPE.text)
     assert (book.name, book.author) == ("austen-persuasion", "Jane Austen")
