@@ -281,6 +281,8 @@ TILES = {  # rows, keys at once, warps: the largest that no target spills
 def tile(name: str, dtype: torch.dtype, dim: int) -> dict:
     """Constants and options of a kernel, ``forward``, ``dq`` or ``dkv``."""
     rows, block, warps = TILES[name]["float" if dtype == torch.float32 else "half"]
+    if (name, dim) == ("dkv", 128):
+        rows = 16  # both gradients of a key are held at once
     return {"D": dim, "ROWS": rows, "BLOCK": block, "num_warps": warps, "num_stages": 2}
 
 
