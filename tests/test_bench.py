@@ -142,6 +142,7 @@ def test_both_engines_are_timed(folder):
     assert (result["model"], result["dtype"], result["scaling"]) == ("small", "float32", "none")
     assert str(folder.parent) not in json.dumps(result)  # no place of a machine is kept
     assert [r["context"] for r in result["contexts"]] == [24, 40]
+    assert result["weight_bytes"] == tiny.model(dtype=torch.float32).weight_bytes()
     bandwidth = result["bandwidth_bytes_per_second"]["median"]
     config = tiny.CONFIG
     for r in result["contexts"]:

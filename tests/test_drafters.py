@@ -156,6 +156,8 @@ def test_a_model_drafter_goes_on_from_what_was_emitted(accepted):
     drafts = drafter.propose(int(prompt[-1]), 5, GREEDY, None).tokens.tolist()
     emitted = [*drafts[:accepted], 7]
     drafter.commit(emitted, accepted)
+    # What it computed is kept: only the last draft, which it never fed to itself, is left over.
+    assert len(drafter._pending) == (accepted == 5)
     text = torch.cat((prompt, torch.tensor(emitted)))
     found = drafter.propose(7, 4, GREEDY, None).tokens.tolist()
     assert found == tiny.greedy(model, text, 4)

@@ -15,7 +15,7 @@ import torch
 from bdlib import assets, corpora, decoding, models
 from bdlib import measure as measuring
 from bdlib.decoding import generate
-from bdlib.drafters import NGramDrafter, prefill
+from bdlib.drafters import NGramDrafter, SelfDrafter, prefill
 from bdlib.measure import (
     FIELDS,
     Interval,
@@ -101,7 +101,8 @@ def reports(place, basic):
 @pytest.mark.parametrize("which", ["self", "ngram", "drafter", "cut"])
 def test_a_record_holds_what_is_promised_and_adds_up(place, basic, reports, which):
     report = reports[which]
-    assert FIELDS.keys() >= ASKED
+    assert report.records[0].keys() >= ASKED
+    assert report.aggregate.keys() >= ASKED
     assert len(report.records) == 2
     assert {r["document"] for r in report.records} == {"one", "two"}
     for number, r in enumerate(report.records):
@@ -147,6 +148,18 @@ def test_a_record_holds_what_is_promised_and_adds_up(place, basic, reports, whic
     assert str(place) not in json.dumps(report.records)  # no place of a machine is kept
 
 
+def test_a_record_agrees_with_decoding_by_hand(place, basic, reports):
+    pair = load_pair(target=place / "target", dtype="float64", device="cpu")
+    cut = corpora.windows(pair.tokenizer, corpora.load_texts(place / "texts"), ROOM - 24, 2, 0)
+    for r, (document, offset, prompt) in zip(reports["self"].records, cut, strict=True):
+        drafter = SelfDrafter(pair.target, basic.make_policy(), 16)
+        found = generate(pair.target, prompt, drafter, gamma=4, max_new_tokens=24)
+        assert (r["document"], r["offset"]) == (document.name, offset)
+        assert (r["drafted"], r["accepted"]) == (found.drafted, found.accepted)
+        assert r["rounds"] == len(found.rounds)
+        assert r["distinct_2"] == distinct_n(found.tokens, 2)
+
+
 def test_records_are_repeatable(basic, reports):
     again = measure(replace(basic, drafter="self"))
     same = ("offset", "accepted", "drafted", "rounds", "distinct_2", "ngram_acceptance_rate")
@@ -182,7 +195,7 @@ def test_repeats_change_no_token(basic, reports):
 
 def test_what_is_loaded_already_can_be_handed_over(place, basic):
     pair = load_pair(target=place / "target", dtype="float64", device="cpu")
-    documents = corpora.load_texts(place / "texts" / "one.txt")
+    documents = [corpora.Document("mine", (place / "texts" / "one.txt").read_text())]
     seen = []
     report = measure(
         replace(basic, pair="not loaded", text="not read"),
@@ -193,6 +206,7 @@ def test_what_is_loaded_already_can_be_handed_over(place, basic):
     )
     assert seen == report.records
     assert [(r["text"], r["drafter"], r["pair"]) for r in seen] == [(None, "ngram", "target")] * 2
+    assert {r["document"] for r in seen} == {"mine"}
 
 
 def test_chat_stops_at_a_stop_token(place, basic):
@@ -522,6 +536,7 @@ def test_the_command_measures(place, tmp_path, monkeypatch, capsys):
     status, out, err = run(monkeypatch, capsys, "measure", *arguments)
     assert status == 0
     assert "drafter, sink_window, budget 16, gamma 3" in out
+    assert "same as greedy    yes, every token" in out
     assert len(err) == 1  # the progress bar
     assert "1/1" in err[0]
     document = json.loads(file.read_text())

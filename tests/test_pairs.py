@@ -41,7 +41,10 @@ def test_the_embedded_pair():
     half = pairs.cpu_has_bfloat16() if pair.device.type == "cpu" else torch.cuda.is_bf16_supported()
     assert pair.dtype == pair.target.dtype == (torch.bfloat16 if half else torch.float32)
     assert pair.stop_tokens == {pair.tokenizer.eos_token_id, 2}
-    assert (pair.target.config.num_layers, pair.target.config.max_positions) == (30, 8192)
+    assert pair.tokenizer.convert_tokens_to_ids("<|im_end|>") in pair.stop_tokens
+    config = pair.target.config
+    assert (config.num_layers, config.hidden_size, config.num_kv_heads) == (30, 576, 3)
+    assert (config.vocab_size, config.max_positions) == (49_152, 8192)
     text = pair.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
         token = int(pair.target(text.to(pair.device))[0, -1].argmax())
