@@ -81,10 +81,10 @@ class QueryLog:
         if self.recent:
             first = max(first, stop - self.slots)
         if first < stop:
-            positions = torch.arange(first, stop, self.stride)
+            positions = torch.arange(first, stop, self.stride, device=q.device)
             slots = positions // self.stride % self.slots
-            self._held[slots] = positions
-            slots = slots.to(q.device)
+            if layer == 0:  # the same for every layer
+                self._held[slots.cpu()] = positions.cpu()
             self._queries[layer].index_copy_(2, slots, q[:, :, first - start :: self.stride])
 
     def read(self, layer: int, length: int) -> tuple[Tensor, Tensor]:

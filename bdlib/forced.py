@@ -24,9 +24,10 @@ from torch import Tensor
 
 from bdlib import measure
 from bdlib.drafters import prefill
-from bdlib.models import FeatureDecoder, row_of
-from bdlib.objectives import TeacherTarget, branch
+from bdlib.models import FeatureDecoder
+from bdlib.objectives import TeacherTarget
 from bdlib.selection import make_policy
+from bdlib.training import branch_of_blocks
 from bdlib.transformer import Decoder
 from bdlib.views import View, drafted_view, full_stream
 
@@ -142,26 +143,18 @@ def along(
             states = drafter.states_of(cache.features(0, length)[0][:, chosen])
             x, steps = drafter.inputs(window[None], states[None]), draft_steps
         stream = full_stream(drafter, window, x)
-        rows = row_of(drafter)
         for view in views:
-            found = []
             outputs = drafted_view(drafter, window, stream, view, starts, block, states, steps)
-            for step, hidden in enumerate(outputs):
-                # Slots before the step have no drafts of that depth.
-                kept = torch.cat([torch.arange(s + step, s + block) for s in starts])
-                at = kept - (length - positions)
-                logits = drafter.logits(hidden[:, step:].flatten(0, 1))
-                part = TeacherTarget(teacher.ids[at], teacher.probs[at])
-                found.append(branch(logits, part, "tv", rows))
+            found = branch_of_blocks(drafter, outputs, teacher, starts, length, "tv")
             full = view.policy.name == "full"
             out.append(
                 {
                     "drafter": name,
                     "policy": None if full else view.policy.name,
                     "budget": None if full else view.budget,
-                    "agreement": found[0].agreement,
-                    "alpha": found[0].alpha,
-                    "by_step": [b.agreement for b in found],
+                    "agreement": found.agreement,
+                    "alpha": found.alpha,
+                    "by_step": [found.agreement, *found.deeper],
                 }
             )
     return out

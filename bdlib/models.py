@@ -117,11 +117,16 @@ def cut_from(target: Decoder, layers: Iterable[int], vocabulary: Tensor | None =
     drafter.load_state_dict(wanted, assign=True)
     if config.tie_embeddings:
         drafter.head.weight = drafter.embedding
-    drafter.embedding.requires_grad_(False)
-    for name, parameter in drafter.named_parameters():
-        parameter.requires_grad_(name != "embedding")
+    trainable(drafter)
     if vocabulary is not None:
         restrict_head(drafter, vocabulary)
+    return drafter
+
+
+def trainable(drafter: Decoder) -> Decoder:
+    """Let everything but the embedding, which is the target's, be trained; returns the drafter."""
+    for name, parameter in drafter.named_parameters():
+        parameter.requires_grad_(name != "embedding")
     return drafter
 
 

@@ -163,13 +163,15 @@ def window_loss(
     if settings.mode == "all":
         x = None if states is None else model.inputs(tokens[None], states[None])
         stream = full_stream(model, tokens, x)
-        full = _branch(model, [stream.hidden[None]], target, [0], length, settings.objective.full)
+        full = branch_of_blocks(
+            model, [stream.hidden[None]], target, [0], length, settings.objective.full
+        )
         # Blocks begin anywhere, so that every place and every remainder by the chunk size comes up.
         possible = list(range(1 + chance.randrange(block), length - block + 1, block))
     else:
         stream, hidden = _frozen_prefix(model, tokens, length - block, states)
         possible = [length - block]
-        full = _branch(model, [hidden], target, possible, length, settings.objective.full)
+        full = branch_of_blocks(model, [hidden], target, possible, length, settings.objective.full)
     sparse = []
     for view in views:
         count = max(1, round(len(possible) * settings.share))
@@ -178,11 +180,13 @@ def window_loss(
         if settings.mode == "continuation":  # as in the paper, the continuation comes on top
             view = replace(view, budget=view.budget + block)
         hidden = drafted_view(model, tokens, stream, view, starts, block, states, steps)
-        sparse.append(_branch(model, hidden, target, starts, length, settings.objective.sparse))
+        sparse.append(
+            branch_of_blocks(model, hidden, target, starts, length, settings.objective.sparse)
+        )
     return settings.objective.total(full, sparse), full, sparse
 
 
-def _branch(
+def branch_of_blocks(
     model: Decoder,
     steps: Sequence[Tensor],
     target: TeacherTarget,

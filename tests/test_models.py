@@ -1,8 +1,10 @@
 """Drafter models: the feature-conditioned one trains as it decodes, and files come back as they were."""
 
 import json
+from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 
 from bdlib import models
@@ -10,21 +12,10 @@ from bdlib.cache import KVCache, SparseKVCache
 from bdlib.decoding import generate
 from bdlib.drafters import ModelDrafter, prefill
 from bdlib.selection import make_policy
-from bdlib.transformer import Decoder, DecoderConfig
+from bdlib.transformer import Decoder
 from bdlib.views import View, drafted_view, full_stream
 
-CONFIG = DecoderConfig(
-    vocab_size=53,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=3,
-    num_heads=4,
-    num_kv_heads=2,
-    head_dim=8,
-    max_positions=256,
-    rope={"rope_type": "default", "rope_theta": 10_000.0},
-    tie_embeddings=False,
-)
+CONFIG = replace(tiny.CONFIG, vocab_size=53, num_layers=3, max_positions=256)
 TOKENS = torch.randint(0, 53, (120,), generator=torch.Generator().manual_seed(5))
 ROWS = torch.arange(0, 53, 2)
 
