@@ -236,7 +236,7 @@ def targets(
         place = Path(folder) / (name + ("-features" if taps else ""))
         if not taps and (Path(folder) / f"{name}-features" / "teacher.json").is_file():
             place = Path(folder) / f"{name}-features"  # holds all that is needed, and more
-        found = _existing(place, count, settings)
+        found = _existing(place, count, settings, source)
         if found is None:
             found = teacher.compute(pair.target, cut(), place, settings, progress, source)
         stores.append(found)
@@ -253,14 +253,15 @@ def _own_windows(
 
 
 def _existing(
-    place: Path, count: int, wanted: teacher.TeacherSettings
+    place: Path, count: int, wanted: teacher.TeacherSettings, source: str
 ) -> teacher.TeacherStore | None:
     """A complete store with what is wanted; its windows are not cut again to find that out."""
     if not (place / "teacher.json").is_file():
         return None
     store = teacher.TeacherStore(place)
     has = store.meta["settings"]
-    fits = (has["top"], has.get("last")) == (wanted.top, wanted.last)
+    fits = store.meta["source"] == source
+    fits = fits and (has["top"], has.get("last")) == (wanted.top, wanted.last)
     fits = fits and (not wanted.taps or tuple(has["taps"]) == wanted.taps)
     return store if fits and store.done == len(store.windows) == count else None
 
@@ -290,10 +291,8 @@ def untrained(recipe: Recipe, pair: Pair) -> Decoder:
 
     target, rows = pair.target, None
     if recipe.start is not None:
-        found = models.load_drafter(models.checkpoint(recipe.start), target, torch.float32, False)
-        for name, parameter in found.named_parameters():
-            parameter.requires_grad_(name != "embedding")
-        return found
+        folder = models.checkpoint(recipe.start)
+        return models.trainable(models.load_drafter(folder, target, torch.float32, pack=False))
     if recipe.kind == "hub":
         if pair.drafter is None:
             raise ValueError(f"recipe {recipe.name!r}: the pair {pair.name!r} has no second model")

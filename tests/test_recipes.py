@@ -278,3 +278,15 @@ def test_own_answers_become_a_store(place, pair, tmp_path, monkeypatch):
     assert [store.windows.shape for store in stores] == [(6, 96), (4, 128), (3, 60)]
     assert torch.equal(stores[2].tokens(1)[:40], asked[1])
     assert "answers of" in stores[2].meta["source"]
+
+
+def test_answers_sampled_otherwise_are_not_taken_for_these(place, pair, tmp_path, monkeypatch):
+    from bdlib.continuations import ContinuationSettings
+
+    own = ContinuationSettings(3, length=60, answer=20, batch=2)
+    asked = torch.stack([tiny.text(40, seed=i, vocabulary=WORDS) for i in range(3)])
+    monkeypatch.setattr(recipes, "prompts", lambda *_: asked)
+    recipes.targets(recipe(place, own=own), pair, tmp_path)
+    warmer = replace(own, temperature=1.5)  # as many windows, as long, in the same place
+    with pytest.raises(ValueError, match="teacher targets with another"):
+        recipes.targets(recipe(place, own=warmer), pair, tmp_path)
