@@ -14,7 +14,7 @@ every view.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from bdlib import measure
-from bdlib.drafters import prefill
+from bdlib.decoding import GREEDY
+from bdlib.drafters import NGramDrafter, prefill
 from bdlib.models import FeatureDecoder
 from bdlib.objectives import TeacherTarget
 from bdlib.selection import make_policy
@@ -107,23 +108,31 @@ class ForcedSettings:
         return found
 
 
+def along(*arguments: Any, **settings: Any) -> list[dict[str, Any]]:
+    """All that :func:`walk` yields, as a list."""
+    return list(walk(*arguments, **settings))
+
+
 @torch.inference_mode()
-def along(
+def walk(
     target: Decoder,
     drafters: Mapping[str, Decoder],
     window: Tensor,
-    views: Sequence[View],
+    views: Sequence[View] | Mapping[str, Sequence[View]],
     positions: int = 256,
     block: int = 64,
     draft_steps: int = 4,
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Agreement and alpha of every drafter under every view along one window ``[T]``.
 
-    Returns
-    -------
-    list of dict
-        ``drafter``, ``policy``, ``budget`` (``None`` for the full cache), ``agreement``, ``alpha``, and
-        ``by_step``: agreement of each draft step of a feature-conditioned drafter (else of the first).
+    ``views`` are those of every drafter, or of each by its name.
+
+    Yields
+    ------
+    dict
+        ``drafter``, ``policy``, ``budget`` (``None`` for the full cache), ``agreement``, ``alpha``,
+        ``by_step``: agreement of each draft step of a feature-conditioned drafter (else of the first),
+        and ``ngram_agreement``, that of n-gram lookup at the same positions (no guess is a miss).
     """
     length = len(window)
     taps = sorted({t for d in drafters.values() for t in getattr(d, "taps", ())})
@@ -135,7 +144,7 @@ def along(
     )
     teacher = TeacherTarget.from_logits(target.logits(hidden)[0])
     starts = list(range(length - positions, length, block))
-    out = []
+    ngram = _ngram_agreement(window, teacher.ids[:, 0].tolist())
     for name, drafter in drafters.items():
         states, x, steps = None, None, 1
         if isinstance(drafter, FeatureDecoder):
@@ -143,21 +152,32 @@ def along(
             states = drafter.states_of(cache.features(0, length)[0][:, chosen])
             x, steps = drafter.inputs(window[None], states[None]), draft_steps
         stream = full_stream(drafter, window, x)
-        for view in views:
+        for view in views[name] if isinstance(views, Mapping) else views:
             outputs = drafted_view(drafter, window, stream, view, starts, block, states, steps)
             found = branch_of_blocks(drafter, outputs, teacher, starts, length, "tv")
             full = view.policy.name == "full"
-            out.append(
-                {
-                    "drafter": name,
-                    "policy": None if full else view.policy.name,
-                    "budget": None if full else view.budget,
-                    "agreement": found.agreement,
-                    "alpha": found.alpha,
-                    "by_step": [found.agreement, *found.deeper],
-                }
-            )
-    return out
+            yield {
+                "drafter": name,
+                "policy": None if full else view.policy.name,
+                "budget": None if full else view.budget,
+                "agreement": found.agreement,
+                "alpha": found.alpha,
+                "by_step": [found.agreement, *found.deeper],
+                "ngram_agreement": ngram,
+            }
+
+
+def _ngram_agreement(window: Tensor, ids: list[int]) -> float:
+    """How often lookup's first guess is the target's choice at the last ``len(ids)`` positions."""
+    tokens, right = window.tolist(), 0
+    first = len(tokens) - len(ids)
+    drafter = NGramDrafter()
+    drafter.start(window[: first + 1], None, 0)
+    for position, wanted in enumerate(ids, start=first):
+        guess = drafter.propose(tokens[position], 1, GREEDY, None).tokens.tolist()
+        right += guess == [wanted]
+        drafter.commit(tokens[position + 1 : position + 2], 0)
+    return right / len(ids)
 
 
 def run(

@@ -34,7 +34,7 @@ from bdlib import __version__, assets, doctor
 if TYPE_CHECKING:
     import torch
 
-    from bdlib.cache import KVCache
+    from bdlib.cache import KVCache, QueryLog
     from bdlib.corpora import Document
     from bdlib.decoding import Generation
     from bdlib.drafters import Drafter
@@ -70,6 +70,7 @@ FIELDS = {
     "repeats": "runs of each kind; times are medians over them",
     "acceptance_rate": "accepted over drafted tokens; null when nothing was drafted",
     "accepted_length": "tokens per round, the target's own included",
+    "by_position": "for each draft position: rounds that came to it, and how many were accepted there",
     "drafted": "tokens drafted",
     "accepted": "drafted tokens the target agreed to",
     "rounds": "rounds of speculative decoding",
@@ -431,16 +432,40 @@ def _warm_up(settings: MeasureSettings, pair: Pair, drafter: Drafter, prompt: to
     )
 
 
+class Filled(NamedTuple):
+    """A target's cache that holds a prompt, its log of queries, and the seconds that it took."""
+
+    cache: KVCache
+    log: QueryLog | None
+    seconds: float
+
+
+def fill(pair: Pair, drafter: Drafter, prompt: torch.Tensor, context: int) -> Filled:
+    """Prefill ``prompt`` ``[T]``; serves every drafter with the same ``observe`` and ``taps``."""
+    from bdlib.drafters import prefill
+
+    synchronise(pair.device)
+    began = time.perf_counter()
+    cache = prefill(pair.target, prompt, context, observe=drafter.observe, taps=drafter.taps)
+    synchronise(pair.device)
+    return Filled(cache, cache.log, time.perf_counter() - began)
+
+
 def _sample(
-    settings: MeasureSettings, pair: Pair, drafter: Drafter, prompt: torch.Tensor, index: int
+    settings: MeasureSettings,
+    pair: Pair,
+    drafter: Drafter,
+    prompt: torch.Tensor,
+    index: int,
+    filled: Filled | None = None,
 ) -> dict[str, Any]:
     """Everything about one prompt except where it is from and where it ran."""
     import torch
 
     from bdlib.decoding import PHASES, generate
-    from bdlib.drafters import prefill
 
     prompt = prompt.to(pair.device)
+    cache, log, prefill_seconds = filled or fill(pair, drafter, prompt, settings.context)
     stops = pair.stop_tokens if settings.chat else frozenset()
 
     def run(who: Drafter | None) -> Generation:
@@ -460,14 +485,6 @@ def _sample(
             generator=torch.Generator(pair.device).manual_seed(settings.seed + index),
         )
 
-    synchronise(pair.device)
-    began = time.perf_counter()
-    cache = prefill(
-        pair.target, prompt, settings.context, observe=drafter.observe, taps=drafter.taps
-    )
-    synchronise(pair.device)
-    prefill_seconds = time.perf_counter() - began
-    log = cache.log
     plain, fast = [], []
     for _ in range(settings.repeats):
         plain.append(run(None))
@@ -497,6 +514,7 @@ def _sample(
         "prompt_tokens": len(prompt),
         "acceptance_rate": _number(result.acceptance_rate),
         "accepted_length": result.accepted_length,
+        "by_position": by_position(result),
         "drafted": result.drafted,
         "accepted": result.accepted,
         "rounds": len(result.rounds),
@@ -591,6 +609,30 @@ def divergences(
     return found
 
 
+def by_position(result: Generation) -> list[list[int]]:
+    """For each draft position ``[rounds that came to it, accepted there]``.
+
+    A round comes to a position if it drafted that far and every draft before it was accepted, so
+    the ratio is the chance of one more token, given all those before.
+    """
+    longest = max((len(r.drafted) for r in result.rounds), default=0)
+    return [
+        [
+            sum(len(r.drafted) > i and r.accepted >= i for r in result.rounds),
+            sum(r.accepted > i for r in result.rounds),
+        ]
+        for i in range(longest)
+    ]
+
+
+def add_positions(lists: Sequence[Sequence[Sequence[int]]]) -> list[list[int]]:
+    """The counts of :func:`by_position` of several runs, added up; runs may differ in length."""
+    longest = max(map(len, lists), default=0)
+    return [
+        [sum(one[i][k] for one in lists if i < len(one)) for k in (0, 1)] for i in range(longest)
+    ]
+
+
 def ngram_acceptance(
     prompt: torch.Tensor, tokens: Sequence[int], gamma: int
 ) -> tuple[float | None, float]:
@@ -664,7 +706,7 @@ def distinct_n(tokens: Sequence[int], n: int) -> float | None:
 
 
 class Interval(NamedTuple):
-    """A mean, its confidence interval, and the number of values behind it."""
+    """A mean (or the median asked for), its confidence interval, and how many values it is of."""
 
     mean: float | None
     low: float | None
@@ -672,34 +714,39 @@ class Interval(NamedTuple):
     n: int
 
 
-def interval(values: Sequence[float | None], level: float = 0.95, seed: int = 0) -> Interval:
+def interval(
+    values: Sequence[float | None], level: float = 0.95, seed: int = 0, median: bool = False
+) -> Interval:
     """Mean and its bootstrap confidence interval (bias-corrected and accelerated, scipy).
 
     Undefined values (``None``, not a number) are left out. One value alone has no interval; equal
-    values have one of no width.
+    values have one of no width. With ``median`` all of it is about the median, by percentiles: the
+    correction is unstable for a statistic that jumps.
     """
     if not 0 < level < 1:
         raise ValueError(f"level {level} must be between 0 and 1")
     kept = [float(v) for v in values if v is not None and not math.isnan(v)]
     if len(kept) < 2:
         return Interval(kept[0] if kept else None, None, None, len(kept))
-    mean = statistics.fmean(kept)
+    mean = statistics.median(kept) if median else statistics.fmean(kept)
     if max(kept) == min(kept):
         return Interval(mean, mean, mean, len(kept))
     import numpy as np
     from scipy.stats import bootstrap
 
     rng = np.random.default_rng(seed)
-    found = bootstrap((kept,), np.mean, confidence_level=level, rng=rng).confidence_interval
+    statistic, method = (np.median, "percentile") if median else (np.mean, "BCa")
+    drawn = bootstrap((kept,), statistic, confidence_level=level, method=method, rng=rng)
+    found = drawn.confidence_interval
     return Interval(mean, float(found.low), float(found.high), len(kept))
 
 
 def aggregate(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What records of the same settings add up to, under the same names.
 
-    Means over samples of rates and lengths; medians of speeds and speed-ups; totals of counts and
-    seconds; the largest of memory and gaps; ``identical`` and ``near_ties_only`` if all are. Besides,
-    ``samples``, and in ``intervals`` for every mean and median ``{mean, low, high, n}``: the mean
+    Means over samples of rates and lengths; medians of speeds and speed-ups; totals of counts (those
+    of ``by_position`` too) and seconds; the largest of memory and gaps; ``identical`` and
+    ``near_ties_only`` if all are. Besides, ``samples``, and in ``intervals`` for every mean and median ``{mean, low, high, n}``: the mean
     over samples and its 95 % bootstrap interval (:func:`interval`).
     """
     if not records:
@@ -721,6 +768,8 @@ def aggregate(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for name in FIELDS:
         if name in rules:
             out[name] = rules[name](known(name)) if known(name) else None
+        elif name == "by_position":
+            out[name] = add_positions([r[name] for r in records])
         elif name == "seconds":
             phases = records[0][name]
             out[name] = {phase: sum(r[name][phase] for r in records) for phase in phases}
