@@ -13,6 +13,8 @@ head are stacked into one matrix product, so a key is read once for all of them 
 The merge is the identity behind FlashDecoding (arXiv 2205.14135): with ``o_i`` the softmax-weighted
 mean over part ``i`` and ``lse_i`` its log normaliser, the mean over both parts is
 ``sum_i o_i exp(lse_i) / sum_i exp(lse_i)``.
+
+On a GPU :func:`few_queries` is the kernel of :mod:`bdlib.kernels.verify`, where the shapes suit it.
 """
 
 from __future__ import annotations
@@ -21,11 +23,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bdlib.kernels.launching import layout_fault, use_triton, wanted
+from bdlib.kernels.verify import verify
+
 FEW = 128  # queries up to this many take the masked-matrix path
 ALIGN = 64
 """Caches hand out entries up to a multiple of this, the surplus masked. A sum over keys is then cut
 into the same blocks for one query as for five, so in bfloat16 on CPU a verified row is bit for bit
 the row of a plain step (tested), and near-ties cannot make the two disagree."""
+BLOCK = 1024
+"""Beyond this many keys oneDNN sums a product over them in other blocks. Queries of one call that
+stand on both sides are attended apart, so that those before it sum as they would alone."""
 
 
 def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
@@ -34,6 +42,12 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     Query ``i`` stands at entry ``start + i`` and sees the entries up to itself. ``k`` and ``v`` may
     reach further (to a multiple of :data:`ALIGN`): the rest is masked.
     """
+    if wanted(q.device) and use_triton("auto", "k", k, q.shape[3], _fault(q, k, v)):
+        return verify(q, k, v, start + q.shape[2], check=False)
+    if q.device.type == "cpu" and start < BLOCK < start + q.shape[2]:
+        parts = q.tensor_split([BLOCK - start], 2)
+        before = few_queries(parts[0], k[:, :, :BLOCK], v[:, :, :BLOCK], start)
+        return torch.cat((before, few_queries(parts[1], k, v, BLOCK)), 2)
     batch, heads, n, dim = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
     grouped = q.reshape(batch, kv_heads, -1, dim)  # [B, H_kv, g * n, D]
@@ -43,6 +57,13 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         tail = scores.view(batch, kv_heads, -1, n, length)[..., start:]
         tail.masked_fill_(columns > columns[:n, None], float("-inf"))
     return (torch.softmax(scores, -1) @ v).view(batch, heads, n, dim)
+
+
+def _fault(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """What keeps the kernel from these tensors."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+        return "q, k or v needs a gradient, which the kernel does not give"
+    return layout_fault(k=k, v=v)
 
 
 def many_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

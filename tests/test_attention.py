@@ -142,13 +142,13 @@ def smollm2():
     return Decoder.load(assets.model_folder("smollm2"), dtype=torch.bfloat16)
 
 
-@pytest.mark.parametrize("start", [200, 253, 300])
+@pytest.mark.parametrize("start", [200, 253, 300, 1022])
 @pytest.mark.parametrize("n", [2, 5, 9])
 @torch.inference_mode()
 def test_verified_rows_are_bit_for_bit_those_of_single_steps(smollm2, start, n):
-    """In bfloat16 on packed weights, also where the tokens cross a multiple of ALIGN (253)."""
+    """In bfloat16 on packed weights, also where the tokens cross a multiple of ALIGN (253), or BLOCK (1022)."""
     text = tiny.text(start + n, vocabulary=smollm2.config.vocab_size)[None]
-    cache = KVCache(smollm2.config, 512, dtype=torch.bfloat16)
+    cache = KVCache(smollm2.config, start + 64, dtype=torch.bfloat16)
     smollm2.hidden(text[:, :start], cache)
     together = smollm2(text[:, start:], cache)
     cache.rewind(start)
