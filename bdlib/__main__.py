@@ -313,6 +313,26 @@ def agreement(
     typer.echo(forced.table(result))
 
 
+@app.command("export")
+def export_drafter(
+    drafter: Annotated[
+        str, typer.Argument(help="A drafter's folder, a shipped one's name, or a plain model.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    engine: Annotated[str, typer.Option("--for", help="transformers or vllm.")],
+    pair: Annotated[
+        str, typer.Option(help="smollm2, paper, or a folder or hub id of a target.")
+    ] = "smollm2",
+    gamma: Annotated[int, typer.Option(help="Tokens drafted per round.")] = 4,
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+) -> None:
+    """Write a standalone drafter for transformers' assistant_model or for vLLM."""
+    from bdlib import serving
+
+    folder = serving.export(drafter, out, engine, pair, gamma, dtype)
+    typer.echo(f"wrote {out}; how to use it: {folder / serving.CARD_FILE}")
+
+
 @app.command()
 def figure(
     name: Annotated[str, typer.Argument(help="headline")],
