@@ -198,12 +198,15 @@ def train(
         Path | None, typer.Option(help="Folder of teacher targets, shared by recipes.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps, instead of the recipe's.")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Windows a step, instead of the recipe's; processes share them.")
+    ] = None,
     minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = 3.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
 ) -> None:
     """Train a drafter; Ctrl-C saves and stops, the same command goes on.
 
-    With several processes: accelerate launch -m bdlib train --recipe NAME --out DIR
+    With several processes: accelerate launch -m bdlib train --recipe NAME --batch 2 --out DIR
     """
     from dataclasses import replace
 
@@ -212,8 +215,8 @@ def train(
     from bdlib import assets, recipes
 
     chosen = recipes.get(recipe)
-    if steps is not None:
-        chosen = replace(chosen, settings=replace(chosen.settings, steps=steps))
+    changes = {k: v for k, v in {"steps": steps, "windows": batch}.items() if v is not None}
+    chosen = replace(chosen, settings=replace(chosen.settings, **changes))
     accelerator = None
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         from accelerate import Accelerator

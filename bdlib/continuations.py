@@ -2,7 +2,8 @@
 
 A drafter meets the target's text when it decodes, not only human text, and a target answers requests in
 words that no novel has. So some windows are a passage, a request about it in the chat format, and the
-target's own answer, sampled many sequences at a time.
+target's own answer, sampled many sequences at a time. Others are a meeting that the target makes up from
+two opening turns: the project has no public-domain transcript to train on.
 
 Contract: the same target, documents and settings give the same windows on the same machine.
 """
@@ -36,6 +37,52 @@ REQUESTS = (
 )
 
 
+SOURCES = ("chat", "transcript")
+TOPICS = (
+    "the budget for next year",
+    "the design of the remote control",
+    "the new library software",
+    "the results of the speech recogniser",
+    "school meals in rural districts",
+    "the plan for the flood defences",
+    "how we collect the recordings",
+    "the market research for the phone",
+    "funding for mental health services",
+    "the schedule of the user tests",
+    "the error rates on noisy data",
+    "the colour and the material of the case",
+    "the training of new teachers",
+    "the housing strategy of the council",
+    "the user interface and its buttons",
+    "the paper that is due on Friday",
+)
+OPENINGS = (
+    "Project Manager: Okay , um so welcome everybody to the meeting . Today we 're going to talk about"
+    " {topic} . I think everyone has had time to look at the notes from last week , yeah ?\n"
+    "Industrial Designer: Yeah , I 've had a look at it . I have a few slides , but um they 're not"
+    " quite finished yet .\n",
+    "Professor A: OK . So what should we do about {topic} ? I guess we should start with whatever"
+    " happened since last time .\n"
+    "PhD B: Well , I did uh a couple of things . I mean , it 's mostly working , but there 's one"
+    " thing that I don't really understand yet .\n",
+    "Chair: Good morning , and welcome to this meeting of the committee . We 're here today to take"
+    " evidence on {topic} . I 'd like to thank our witnesses for coming .\n"
+    "Witness: Thank you , Chair . I 'm very pleased to be here . If I may , I will start by saying a few"
+    " words about what we have done so far .\n",
+    "Marketing: So um , I did some research on {topic} , and it turns out that most people don't like"
+    " what they have now .\n"
+    "User Interface: Hmm . Right . Is that because it 's uh too complicated , or because it looks"
+    " old ?\nMarketing: I think it 's both , really . Yeah .\n",
+    "Grad A: Um , shall we go on to {topic} ? I sent out an email about it .\nPostdoc B: Uh , yeah .\n"
+    "Grad A: So , basically , what I did is that I took everything that we have and then I ran it"
+    " again , and I got a slightly different answer .\nProfessor C: Mm-hmm .\n",
+    "Hon. Member: Mr. Chair , my question is about {topic} . Can the minister tell us what the"
+    " government will do , and when ?\n"
+    "The Minister: Mr. Chair , I thank the member for the question . We have been working on this with"
+    " the provinces for several months .\n",
+)
+
+
 @dataclass(frozen=True)
 class ContinuationSettings:
     """What is sampled.
@@ -52,6 +99,10 @@ class ContinuationSettings:
         Of sampling.
     batch
         Sequences sampled together.
+    source
+        ``"chat"``: requests about passages; ``"transcript"``: openings of meetings.
+    spoken
+        Share of the passages that are given in the form of a transcript (:func:`bdlib.corpora.spoken`).
     """
 
     windows: int
@@ -60,6 +111,8 @@ class ContinuationSettings:
     temperature: float = 0.7
     batch: int = 16
     seed: int = 0
+    source: str = "chat"
+    spoken: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("windows", "length", "answer", "batch"):
@@ -69,22 +122,52 @@ class ContinuationSettings:
             raise ValueError(
                 f"answer {self.answer} must be shorter than the window of {self.length}"
             )
+        if self.source not in SOURCES:
+            raise ValueError(f"source {self.source!r} is not one of {', '.join(SOURCES)}")
+        if not 0 <= self.spoken <= 1:
+            raise ValueError(f"spoken {self.spoken} must be in 0..1")
         Sampling(self.temperature)
 
 
 def prompts(
     tokenizer: Any, documents: Sequence[Document], settings: ContinuationSettings
 ) -> Tensor:
-    """Chat requests about passages, ``[windows, length - answer]``."""
+    """What the target goes on from, ``[windows, length - answer]``.
+
+    Raises
+    ------
+    ValueError
+        If an opening of a transcript has fewer tokens than ``length - answer``.
+    """
     from bdlib import corpora
 
     tokens = settings.length - settings.answer
-    cut = corpora.windows(tokenizer, documents, tokens, settings.windows, settings.seed)
     choice = random.Random(settings.seed)
+    if settings.source == "transcript":
+        return _openings(tokenizer, tokens, settings.windows, choice)
+    as_speech = round(settings.windows * settings.spoken)
+    cut = []
+    for texts, count in (
+        (documents, settings.windows - as_speech),
+        ([corpora.spoken(d, settings.seed) for d in documents] if as_speech else [], as_speech),
+    ):
+        if count:
+            cut += corpora.windows(tokenizer, texts, tokens, count, settings.seed)
     asked = [
         corpora.chat_request(tokenizer, document, tokens, choice.choice(REQUESTS), offset)
         for document, offset, _ in cut
     ]
+    return torch.stack(asked)
+
+
+def _openings(tokenizer: Any, tokens: int, count: int, choice: random.Random) -> Tensor:
+    asked = []
+    for _ in range(count):
+        text = choice.choice(OPENINGS).format(topic=choice.choice(TOPICS))
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        if len(ids) < tokens:
+            raise ValueError(f"an opening has {len(ids)} tokens, length - answer asks for {tokens}")
+        asked.append(torch.tensor(ids[:tokens]))
     return torch.stack(asked)
 
 

@@ -9,6 +9,8 @@ Three sources give the same :class:`Document`:
 - :func:`pg19`, :func:`longbench_qmsum`, :func:`narrativeqa`: the three benchmarks of the
   paper, streamed from the Hugging Face hub or read from a local file.
 
+:func:`spoken` rewrites a book in the form of a transcript of speech, to train on.
+
 :func:`window`, :func:`windows` and :func:`chat_request` turn documents into prompts of
 an exact number of tokens.
 """
@@ -92,6 +94,54 @@ def embedded(split: Literal["train", "held-out", "all"] = "train") -> list[Docum
             )
         )
     return documents
+
+
+# ------------------------------------------------------------- another form
+
+_SENTENCE = re.compile(r"(?<=[.!?;])(?<!Mr\.)(?<!Mrs\.)(?<!Dr\.)(?<!St\.)[\"')\]]*\s+")
+_BEFORE_MARK = re.compile(r"(?<=\w)([.,?!;:])(?=\s|$)")
+_CLITIC = re.compile(r"(?<=\w)('(?:s|m|re|ve|ll|d))\b", re.IGNORECASE)
+_FILLERS = ("Um ,", "Uh ,", "Yeah ,", "OK ,", "So", "Well ,", "You know ,", "I mean ,", "Right .")
+_LABELS = (
+    ("Chair", "Secretary", "Treasurer", "Member"),
+    ("Manager", "Designer", "Engineer", "Marketing"),
+    ("Teacher A", "Teacher B", "Student C", "Student D"),
+    ("Speaker A", "Speaker B", "Speaker C", "Speaker D"),
+    ("Dr Hughes", "Ms Patel", "Mr Evans", "Mrs Brown"),
+)
+
+
+def spoken(document: Document, seed: int = 0) -> Document:
+    """A text in the form of a transcript: turns with speakers, split marks, fillers, restarts.
+
+    A transcript of speech is written unlike a book (``Chair: Um , I 'm I 'm not sure .``), and none is
+    in the public-domain texts that train the shipped drafters. What a drafter learns from this form is
+    how the target continues it; the words are still the book's.
+
+    The sentences keep their order. Each turn has one to four of them; one sentence in six begins with a
+    filler, one in ten begins twice. The same document and seed give the same transcript.
+    """
+    chance = random.Random(f"spoken:{seed}:{document.name}")
+    text = re.sub(r"[\"_*]+|--+", " ", document.text)
+    sentences = [" ".join(part.split()) for part in _SENTENCE.split(text)]
+    sentences = [part for part in sentences if part]
+    turns, at, labels = [], 0, chance.choice(_LABELS)
+    while at < len(sentences):
+        if chance.random() < 0.002:
+            labels = chance.choice(_LABELS)  # another meeting
+        said = []
+        for sentence in sentences[at : at + chance.randint(1, 4)]:
+            at += 1
+            sentence = re.sub(r";$", ".", sentence)
+            sentence = _CLITIC.sub(r" \1", _BEFORE_MARK.sub(r" \1", sentence))
+            if chance.random() < 0.1:
+                again = " ".join(sentence.split()[: chance.randint(1, 3)])
+                sentence = f"{again} {sentence}"
+            if chance.random() < 1 / 6:
+                sentence = f"{chance.choice(_FILLERS)} {sentence}"
+            said.append(sentence)
+        turns.append(f"{chance.choice(labels)}: {' '.join(said)}")
+    return _with(document, name=f"{document.name}-spoken", text="\n".join(turns), kind="spoken")
 
 
 # ------------------------------------------------------------- files and folders

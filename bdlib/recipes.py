@@ -53,8 +53,10 @@ class Recipe:
         What :func:`bdlib.corpora.load_texts` takes, or ``"pg19"`` (the hub's training split).
     windows
         Window length in tokens, and how many windows of it.
+    spoken
+        As ``windows``, of the text in the form of a transcript (:func:`bdlib.corpora.spoken`).
     own
-        Windows of the target's own text besides (:mod:`bdlib.continuations`); ``None`` for none.
+        Windows of the target's own text besides (:mod:`bdlib.continuations`).
     start
         Shipped drafter to go on from; ``None`` starts anew.
     top, last
@@ -71,7 +73,8 @@ class Recipe:
     rows: int | None = 16_384
     text: str = "embedded:train"
     windows: dict[int, int] = field(default_factory=lambda: {2048: 256, 4096: 64})
-    own: ContinuationSettings | None = None
+    spoken: dict[int, int] = field(default_factory=dict)
+    own: tuple[ContinuationSettings, ...] = ()
     start: str | None = None
     top: int = 32
     last: int | None = None
@@ -79,14 +82,15 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ValueError(f"kind {self.kind!r} is not one of {', '.join(KINDS)}")
-        if not self.windows or min(*self.windows, *self.windows.values()) < 1:
-            raise ValueError(
-                f"windows {self.windows} must name at least one length and a number of it"
-            )
+        for name in ("windows", "spoken"):
+            numbers = [n for pair in getattr(self, name).items() for n in pair]
+            if min(numbers, default=1) < 1 or (name == "windows" and not numbers):
+                raise ValueError(
+                    f"{name} {getattr(self, name)} must name at least one length and a number of it"
+                )
 
 
 BUDGETS = BudgetSampler({128: 0.15, 256: 0.35, 512: 0.25, 1024: 0.15, 2048: 0.1})
-_SHORT = BudgetSampler({128: 0.2, 256: 0.4, 512: 0.25, 1024: 0.15})
 POLICIES = ("chunk_topk", "chunk_topk_recent", "sink_window")
 _STANDALONE = TrainSettings(
     objective=Objective("ce", "ce", 0.5),
@@ -140,11 +144,17 @@ RECIPES: dict[str, Recipe] = {
         ),
         Recipe(
             "budgetdraft-feature-chat",
-            "The feature-conditioned drafter, trained on with the target's own answers to requests.",
-            replace(_FEATURE, steps=300, warmup=20, lr=1e-3, budgets=_SHORT),
+            "The feature-conditioned drafter, trained on with transcripts and the target's own text.",
+            replace(_FEATURE, steps=2000, warmup=30, lr=1e-3),
             kind="feature",
-            windows={2048: 256},
-            own=ContinuationSettings(128, length=1024, answer=384, batch=32),
+            windows={2048: 256, 4096: 64, 8192: 8},
+            spoken={2048: 96},
+            own=(
+                ContinuationSettings(192, length=1024, answer=448, batch=64, spoken=0.4),
+                ContinuationSettings(
+                    128, length=1024, answer=968, temperature=0.9, batch=64, source="transcript"
+                ),
+            ),
             start="budgetdraft-feature",
         ),
         Recipe(
@@ -220,17 +230,17 @@ def targets(
     taps = recipe.taps if recipe.kind == "feature" else ()
     settings = teacher.TeacherSettings(recipe.top, taps, recipe.last)
     wanted = []
-    for length, count in recipe.windows.items():
-        source = f"{recipe.text}, windows of {length}, seed {length}"
-        cut = functools.partial(_windows, recipe, pair, length, count)
-        wanted.append((f"{_slug(recipe.text)}-{length}x{count}", count, source, cut))
-    if recipe.own is not None:
-        own = recipe.own
-        source = f"answers of {recipe.pair} about {recipe.text}, {own}"
-        cut = functools.partial(_own_windows, recipe, pair, progress)
-        wanted.append(
-            (f"own-{_slug(recipe.text)}-{own.length}x{own.windows}", own.windows, source, cut)
-        )
+    for form, lengths in (("", recipe.windows), ("spoken", recipe.spoken)):
+        for length, count in lengths.items():
+            source = f"{recipe.text}{form and ' as speech'}, windows of {length}, seed {length}"
+            cut = functools.partial(_windows, recipe, pair, length, count, bool(form))
+            name = f"{form and 'spoken-'}{_slug(recipe.text)}-{length}x{count}"
+            wanted.append((name, count, source, cut))
+    for own in recipe.own:
+        source = f"own text of {recipe.pair} about {recipe.text}, {own}"
+        cut = functools.partial(_own_windows, recipe, pair, own, progress)
+        name = f"own-{own.source}-{_slug(recipe.text)}-{own.length}x{own.windows}"
+        wanted.append((name, own.windows, source, cut))
     stores = []
     for name, count, source, cut in wanted:
         place = Path(folder) / (name + ("-features" if taps else ""))
@@ -244,12 +254,15 @@ def targets(
 
 
 def _own_windows(
-    recipe: Recipe, pair: Pair, progress: Callable[[int, int], None] | None
+    recipe: Recipe,
+    pair: Pair,
+    own: ContinuationSettings,
+    progress: Callable[[int, int], None] | None,
 ) -> torch.Tensor:
     from bdlib import corpora
 
-    asked = prompts(pair.tokenizer, corpora.load_texts(recipe.text), recipe.own)
-    return continued(pair.target, asked, recipe.own, sorted(pair.stop_tokens), progress)
+    asked = prompts(pair.tokenizer, corpora.load_texts(recipe.text), own)
+    return continued(pair.target, asked, own, sorted(pair.stop_tokens), progress)
 
 
 def _existing(
@@ -270,13 +283,17 @@ def _slug(text: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in Path(text).name)
 
 
-def _windows(recipe: Recipe, pair: Pair, length: int, count: int) -> torch.Tensor:
+def _windows(
+    recipe: Recipe, pair: Pair, length: int, count: int, as_speech: bool = False
+) -> torch.Tensor:
     from bdlib import corpora
 
     if recipe.text == "pg19":
         documents = corpora.pg19(split="train", limit=count)
     else:
         documents = corpora.load_texts(recipe.text)
+    if as_speech:
+        documents = [corpora.spoken(document) for document in documents]
     tiles = corpora.tiles(pair.tokenizer, documents, length, seed=length)
     if len(tiles) < count:
         raise ValueError(
@@ -341,7 +358,12 @@ def train(
         For targets of another model, or a folder that holds a run with other settings.
     """
     pair = load(recipe) if pair is None else pair
+    first = accelerator is None or accelerator.is_main_process
+    if not first:
+        accelerator.wait_for_everyone()  # the first process computes the targets, the others read
     stores = targets(recipe, pair, teacher_folder, teacher_progress)
+    if accelerator is not None and first:
+        accelerator.wait_for_everyone()
     model = untrained(recipe, pair)
     for store in stores:
         teacher.check_made_by(store, pair.target, model)
@@ -401,7 +423,8 @@ def card(recipe: Recipe, provenance: dict[str, Any]) -> str:
         ("drafter", kinds[recipe.kind]),
         ("draft vocabulary", f"{recipe.rows:,} tokens" if recipe.rows else "all tokens"),
         ("text", f"{recipe.text} in windows of {recipe.windows}"),
-        ("own text", "none" if recipe.own is None else f"{recipe.own.windows} sampled answers"),
+        ("as transcripts", f"windows of {recipe.spoken}" if recipe.spoken else "none"),
+        ("own text", ", ".join(f"{o.windows} {o.source} windows" for o in recipe.own) or "none"),
         ("begins from", recipe.start or "nothing"),
         (
             "trained for",

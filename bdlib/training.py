@@ -252,7 +252,8 @@ class Trainer:
         self.rank = 0 if accelerator is None else accelerator.process_index
         if settings.windows % self.processes:
             raise ValueError(
-                f"{settings.windows} windows a step cannot be shared by {self.processes}"
+                f"{settings.windows} windows a step cannot be shared by {self.processes} processes:"
+                f" make windows (--batch) a multiple of {self.processes}"
             )
         self.counts = [len(store) for store in self.stores]
         longest = max(store.windows.shape[1] for store in self.stores)

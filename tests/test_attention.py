@@ -146,7 +146,7 @@ def smollm2():
 @pytest.mark.parametrize("n", [2, 5, 9])
 @torch.inference_mode()
 def test_verified_rows_are_bit_for_bit_those_of_single_steps(smollm2, start, n):
-    """In bfloat16 on packed weights, also where the tokens cross a multiple of ALIGN (253), or BLOCK (1022)."""
+    """In bfloat16 on packed weights; 253 crosses a multiple of ALIGN, 1022 crosses BLOCK."""
     text = tiny.text(start + n, vocabulary=smollm2.config.vocab_size)[None]
     cache = KVCache(smollm2.config, start + 64, dtype=torch.bfloat16)
     smollm2.hidden(text[:, :start], cache)

@@ -8,7 +8,7 @@ import torch
 from scipy import stats
 
 from bdlib import assets, corpora
-from bdlib.continuations import REQUESTS, ContinuationSettings, continued, prompts
+from bdlib.continuations import OPENINGS, REQUESTS, ContinuationSettings, continued, prompts
 
 
 def test_answers_follow_their_prompts_and_repeat():
@@ -58,12 +58,35 @@ def test_prompts_are_requests_about_passages():
     assert len(set(texts)) == 4
 
 
+def test_transcripts_begin_with_an_opening():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(assets.model_folder("smollm2"))
+    settings = ContinuationSettings(6, length=100, answer=44, source="transcript")
+    asked = prompts(tokenizer, [], settings)
+    assert asked.shape == (6, 56)
+    assert all(any(t.startswith(o[:12]) for o in OPENINGS) for t in map(tokenizer.decode, asked))
+    with pytest.raises(ValueError, match="length - answer asks for 500"):
+        prompts(tokenizer, [], ContinuationSettings(2, length=600, answer=100, source="transcript"))
+
+
+def test_a_share_of_the_passages_is_spoken():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(assets.model_folder("smollm2"))
+    settings = ContinuationSettings(4, length=300, answer=100, spoken=0.5)
+    texts = map(tokenizer.decode, prompts(tokenizer, corpora.embedded("held-out")[:1], settings))
+    assert [" , " in text and " . " in text for text in texts] == [False, False, True, True]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"windows": 0}, "windows 0"),
         ({"answer": 30}, "answer 30 must be shorter than the window of 30"),
         ({"temperature": -1}, "temperature -1"),
+        ({"source": "novel"}, "source 'novel' is not one of chat, transcript"),
+        ({"spoken": 1.5}, "spoken 1.5 must be in 0..1"),
     ],
 )
 def test_bad_settings_are_refused(change, message):

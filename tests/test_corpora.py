@@ -1,6 +1,7 @@
 """Loading texts in every layout, and cutting windows of an exact number of tokens."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -337,3 +338,24 @@ def test_tiles_are_disjoint_weighted_and_repeatable(tokenizer):
     assert not all(torch.equal(x, y) for x, y in zip(pieces, other, strict=True))
     with pytest.raises(CorpusError, match="no document has the 9000 tokens"):
         corpora.tiles(tokenizer, documents, 9000)
+
+
+# ------------------------------------------------------------------ a book as speech
+
+
+def test_a_text_as_speech_keeps_its_words_in_order():
+    text = 'Mr. Knightley said, "I\'m sure of it!" Emma did not answer; she laughed. ' * 30
+    document = corpora.Document("a", text)
+    speech = corpora.spoken(document, seed=1)
+    lines = speech.text.split("\n")
+    assert all(re.match(r"[A-Z][A-Za-z ]+: \S", line) for line in lines)
+    assert len(lines) > 10
+    assert " , " in speech.text
+    assert "I 'm sure" in speech.text
+    assert "answer ." in speech.text
+    words = speech.text.split()
+    at = 0
+    for word in ["Knightley", "said", "sure", "Emma", "answer", "laughed"] * 30:
+        at = words.index(word, at) + 1  # raises where a word is lost or moved
+    assert corpora.spoken(document, seed=1) == speech != corpora.spoken(document, seed=2)
+    assert "Mr .\n" not in speech.text, "a title does not end a sentence"

@@ -274,10 +274,35 @@ def test_own_answers_become_a_store(place, pair, tmp_path, monkeypatch):
     own = ContinuationSettings(3, length=60, answer=20, batch=2)
     asked = torch.stack([tiny.text(40, seed=i, vocabulary=WORDS) for i in range(3)])
     monkeypatch.setattr(recipes, "prompts", lambda *_: asked)
-    stores = recipes.targets(recipe(place, own=own), pair, tmp_path)
+    stores = recipes.targets(recipe(place, own=(own,)), pair, tmp_path)
     assert [store.windows.shape for store in stores] == [(6, 96), (4, 128), (3, 60)]
     assert torch.equal(stores[2].tokens(1)[:40], asked[1])
-    assert "answers of" in stores[2].meta["source"]
+    assert "own text of" in stores[2].meta["source"]
+
+
+def test_text_as_speech_becomes_a_store_of_its_own(place, pair, tmp_path):
+    stores = recipes.targets(recipe(place, spoken={96: 2}), pair, tmp_path)
+    assert [store.windows.shape for store in stores] == [(6, 96), (4, 128), (2, 96)]
+    assert "as speech" in stores[2].meta["source"]
+    assert not any(torch.equal(stores[2].tokens(0), stores[0].tokens(i)) for i in range(6))
+
+
+def test_only_the_first_process_computes_targets(place, pair, tmp_path):
+    order = []
+
+    class Second:  # what accelerate.Accelerator is to a process that is not the first
+        is_main_process, num_processes, process_index = False, 2, 1
+
+        def wait_for_everyone(self):
+            order.append("waited")
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        recipes.train(
+            recipe(place), tmp_path / "run", tmp_path / "teacher", pair, accelerator=Second()
+        )
+    assert order == ["waited"]
+    assert not (tmp_path / "teacher").exists()
 
 
 def test_answers_sampled_otherwise_are_not_taken_for_these(place, pair, tmp_path, monkeypatch):
@@ -286,7 +311,7 @@ def test_answers_sampled_otherwise_are_not_taken_for_these(place, pair, tmp_path
     own = ContinuationSettings(3, length=60, answer=20, batch=2)
     asked = torch.stack([tiny.text(40, seed=i, vocabulary=WORDS) for i in range(3)])
     monkeypatch.setattr(recipes, "prompts", lambda *_: asked)
-    recipes.targets(recipe(place, own=own), pair, tmp_path)
+    recipes.targets(recipe(place, own=(own,)), pair, tmp_path)
     warmer = replace(own, temperature=1.5)  # as many windows, as long, in the same place
     with pytest.raises(ValueError, match="teacher targets with another"):
-        recipes.targets(recipe(place, own=warmer), pair, tmp_path)
+        recipes.targets(recipe(place, own=(warmer,)), pair, tmp_path)
