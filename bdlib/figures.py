@@ -8,6 +8,7 @@ the same in JupyterLab's light and dark themes.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import TYPE_CHECKING, Any
@@ -210,6 +211,46 @@ def kept_words(
     ax.set_xlim(-0.5, len(words) - 0.5)
     ax.set_ylim(len(positions) - 0.5, -0.5)
     ax.set_xlabel("position (words)")
+    ax.grid(False)
+    return ax
+
+
+def memory_map(
+    ax: Axes, strips: Mapping[str, tuple[Sequence[tuple[int, ...] | None], int]], tokens: int
+) -> Axes:
+    """Which program of a grid touches which part of memory: a strip a tensor, a colour a program.
+
+    Parameters
+    ----------
+    strips
+        By name, cells in order and the tokens a cell is wide. A cell is the program that touches it,
+        or ``None`` (hatched) where no program may.
+    tokens
+        Width of the picture.
+    """
+    from matplotlib.colors import to_rgba
+
+    programs = {p: None for cells, _ in strips.values() for p in cells if p is not None}
+    colors = {p: CYCLE[i % len(CYCLE)] for i, p in enumerate(programs)}
+    for row, (cells, width) in enumerate(strips.values()):
+        start = 0
+        for program, run in itertools.groupby(cells):
+            n = len(list(run))
+            for i in range(start, start + n):
+                face = {"facecolor": "white", "hatch": "////"}
+                if program is not None:
+                    face = {"facecolor": to_rgba(colors[program], 0.35)}
+                where = (row - 0.36, 0.72)
+                ax.broken_barh([(i * width, width)], where, edgecolor="#AAAAAA", lw=0.6, **face)
+            if program is not None:
+                text = ", ".join(str(axis) for axis in program)
+                middle = (start + n / 2) * width
+                ax.text(middle, row, text, ha="center", va="center", fontsize=9.5)
+            start += n
+    ax.set_yticks(range(len(strips)), list(strips))
+    ax.set_xlim(0, tokens)
+    ax.set_ylim(len(strips) - 0.5, -0.5)
+    ax.set_xlabel("entry of the cache (tokens)")
     ax.grid(False)
     return ax
 
