@@ -199,7 +199,8 @@ def train(
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps, instead of the recipe's.")] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Windows a step, instead of the recipe's; processes share them.")
+        int | None,
+        typer.Option(help="Windows a step, instead of the recipe's; processes share them."),
     ] = None,
     minutes: Annotated[float, typer.Option(help="Minutes between checkpoints.")] = 3.0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -334,6 +335,57 @@ def export_drafter(
 
     folder = serving.export(drafter, out, engine, pair, gamma, dtype)
     typer.echo(f"wrote {out}; how to use it: {folder / serving.CARD_FILE}")
+
+
+@app.command()
+def sweep(
+    grid: Annotated[Path, typer.Argument(help="A grid, for example data/grids/quick.toml.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; a stopped sweep goes on there.")
+    ] = None,
+    workers: Annotated[
+        int, typer.Option(help="Processes; more than one disturbs measured speeds.")
+    ] = 1,
+    texts: Annotated[
+        Path | None, typer.Option(help="Folder of the texts that the grid names.")
+    ] = None,
+    drafters: Annotated[
+        Path | None, typer.Option(help="Folder of the drafters that the grid names.")
+    ] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Check the grid and all it names, measure nothing.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress bar.")] = False,
+) -> None:
+    """Measure a grid of settings, cell by cell; stopped or killed, it goes on where it was."""
+    from contextlib import nullcontext
+
+    from bdlib import sweeps
+
+    asked = sweeps.read(grid, [folder for folder in (texts, drafters) if folder is not None])
+    if check:
+        planned = sweeps.plan(asked)
+        typer.echo(
+            f"{grid.name}: {len(asked.points)} points on {len(planned.jobs)} windows,"
+            f" {planned.cells} cells"
+        )
+        return
+    if out is None:
+        raise ValueError("no folder for the results: give --out DIR")
+    command = f"python -m bdlib sweep {grid.name} --out DIR"
+    command += f" --workers {workers}" if workers != 1 else ""
+    command += " --texts TEXTS" if texts else ""
+    command += " --drafters DRAFTERS" if drafters else ""
+    executor = nullcontext() if workers == 1 else sweeps.pool(workers)
+    try:
+        with executor as running:
+            rows = sweeps.run(asked, out, running, not quiet, command)
+    except KeyboardInterrupt:
+        typer.echo(
+            f"stopped; what is measured is kept in {out}, and the same command goes on", err=True
+        )
+        raise typer.Exit(130) from None
+    typer.echo(f"{len(rows)} rows in {out / 'results.csv'}")
 
 
 @app.command()

@@ -746,8 +746,9 @@ def aggregate(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
     Means over samples of rates and lengths; medians of speeds and speed-ups; totals of counts (those
     of ``by_position`` too) and seconds; the largest of memory and gaps; ``identical`` and
-    ``near_ties_only`` if all are. Besides, ``samples``, and in ``intervals`` for every mean and median ``{mean, low, high, n}``: the mean
-    over samples and its 95 % bootstrap interval (:func:`interval`).
+    ``near_ties_only`` if all are. Besides, ``samples``, and in ``intervals`` for every mean and
+    median ``{mean, low, high, n}``: the mean over samples and its 95 % bootstrap interval
+    (:func:`interval`).
     """
     if not records:
         raise ValueError("there are no records to add up")
