@@ -130,6 +130,24 @@ def test_weights_are_those_of_the_softmax():
     assert torch.allclose(attention.attention_weights(q, k).sum(-1), torch.ones(1, 2, 3, 4))
 
 
+@pytest.mark.parametrize("n", [2, 127, 128, 129, 300])
+def test_causal_attention_in_bfloat16_has_the_gradients_of_float64(n):
+    """On CPU it goes a block of queries at a time, under autocast too."""
+    generator = torch.Generator().manual_seed(n)
+    shapes = ((1, 6, n, 16), (1, 2, n, 16), (1, 2, n, 16))
+    exact = [torch.randn(s, generator=generator, dtype=torch.float64) for s in shapes]
+    found = [t.float() for t in exact]
+    for leaf in (*exact, *found):
+        leaf.requires_grad_()
+    attention.causal_attention(*exact).square().sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = attention.causal_attention(*found)
+    assert out.dtype == torch.bfloat16
+    out.float().square().sum().backward()
+    for want, leaf in zip(exact, found, strict=True):
+        assert (leaf.grad - want.grad).norm() < 0.03 * want.grad.norm()
+
+
 # ------------------------------------------------------------------ rows that round alike
 
 
