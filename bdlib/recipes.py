@@ -152,7 +152,7 @@ RECIPES: dict[str, Recipe] = {
             own=(
                 ContinuationSettings(192, length=1024, answer=448, batch=64, spoken=0.4),
                 ContinuationSettings(
-                    128, length=1024, answer=968, temperature=0.9, batch=64, source="transcript"
+                    64, length=1024, answer=968, temperature=0.9, batch=64, source="transcript"
                 ),
             ),
             start="budgetdraft-feature",
