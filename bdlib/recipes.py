@@ -150,7 +150,7 @@ RECIPES: dict[str, Recipe] = {
             windows={2048: 256, 4096: 64, 8192: 8},
             spoken={2048: 96},
             own=(
-                ContinuationSettings(192, length=1024, answer=448, batch=64, spoken=0.4),
+                ContinuationSettings(64, length=768, answer=320, batch=64, spoken=0.4),
                 ContinuationSettings(
                     64, length=1024, answer=968, temperature=0.9, batch=64, source="transcript"
                 ),
