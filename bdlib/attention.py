@@ -44,7 +44,11 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     Query ``i`` stands at entry ``start + i`` and sees the entries up to itself. ``k`` and ``v`` may
     reach further (to a multiple of :data:`ALIGN`): the rest is masked.
     """
-    if wanted(q.device) and use_triton("auto", "k", k, q.shape[3], _fault(q, k, v)):
+    if (
+        wanted(q.device)
+        and not _needs_gradient(q, k, v)  # which the kernel does not give
+        and use_triton("auto", "k", k, q.shape[3], layout_fault(k=k, v=v))
+    ):
         return verify(q, k, v, start + q.shape[2], check=False)
     if q.device.type == "cpu" and start < BLOCK < start + q.shape[2]:
         parts = q.tensor_split([BLOCK - start], 2)
@@ -61,11 +65,8 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     return (torch.softmax(scores, -1) @ v).view(batch, heads, n, dim)
 
 
-def _fault(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """What keeps the kernel from these tensors."""
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return "q, k or v needs a gradient, which the kernel does not give"
-    return layout_fault(k=k, v=v)
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def many_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

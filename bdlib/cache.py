@@ -15,6 +15,9 @@ Attention does not depend on the order of entries, so this order is free to serv
 Keys are stored transposed, ``[D, T]`` inside ``[B, H_kv]``, on CPU: the product with a few queries
 then streams them in the layout oneDNN wants, three to four times faster in bfloat16 at 4K and above.
 Views handed out are always ``[B, H_kv, T, D]``; only their strides tell.
+
+``InPlaceKVCache`` holds what ``SparseKVCache`` would, but as chunk numbers: on a GPU the entries of a full
+cache are read where they lie, and nothing is copied. :func:`sparse_cache_of` picks.
 """
 
 from __future__ import annotations
@@ -23,7 +26,9 @@ import torch
 from torch import Tensor
 
 from bdlib import attention
-from bdlib.selection import Policy
+from bdlib.kernels.launching import CHUNK_SIZES, layout_fault, use_triton, wanted
+from bdlib.kernels.sparse_decode import sparse_decode
+from bdlib.selection import Policy, Selection
 from bdlib.transformer import DecoderConfig
 
 SLACK = 128  # rejected positions that the query log can forget without losing older queries
@@ -40,7 +45,7 @@ def _allocate(
     entries = _aligned(entries)
     shape = (config.num_layers, batch, config.num_kv_heads, entries, config.head_dim)
     values = torch.zeros(shape, dtype=dtype, device=device)
-    if torch.device(device).type != "cpu":
+    if torch.device(device).type != "cpu" or wanted(torch.device(device)):
         return torch.zeros_like(values), values
     transposed = (*shape[:3], config.head_dim, entries)
     return torch.zeros(transposed, dtype=dtype, device=device).transpose(-1, -2), values
@@ -226,13 +231,17 @@ class SparseKVCache:
         policy.check(budget)
         self.config, self.budget, self.policy, self.batch = config, budget, policy, batch
         self.dtype, self.device = dtype, torch.device(device)
-        self._keys, self._values = _allocate(config, budget, batch, dtype, self.device)
+        self._keys, self._values = self._room()
         shape = (config.num_layers, batch, config.num_kv_heads)
         self._selected = torch.empty((*shape, 0), dtype=torch.int64, device=self.device)
         self._recent: list[int] = []  # positions of the recent entries, the same for every head
         self._source: KVCache | None = None
         self.length = 0  # position of the next token
         self.peak_entries = 0
+
+    def _room(self) -> tuple[Tensor, Tensor]:
+        """Where the entries go."""
+        return _allocate(self.config, self.budget, self.batch, self.dtype, self.device)
 
     # ---------------------------------------------------------------- what it holds
     @property
@@ -249,6 +258,10 @@ class SparseKVCache:
     def nbytes(self) -> int:
         """Bytes of the entries that are held now."""
         return self.batch * self.config.kv_bytes(self.size, self.dtype)
+
+    def own_bytes(self) -> int:
+        """Bytes allocated for entries here, for a whole budget."""
+        return self.batch * self.config.kv_bytes(self.budget, self.dtype)
 
     # ---------------------------------------------------------------- filling
     def fill(self, source: KVCache) -> None:
@@ -275,22 +288,28 @@ class SparseKVCache:
             queries, at = (None, None) if source.log is None else source.log.read(layer, length)
             keys = source.keys(layer)
             selection = self.policy.select(keys, self.budget, queries, at)
-            indices, window = selection.indices, selection.window
-            m = indices.shape[-1]
+            m, window = selection.indices.shape[-1], selection.window
             if m + window > self.budget:
                 raise ValueError(
                     f"policy {self.policy.name!r} chose {m + window} entries, budget {self.budget}"
                 )
-            chosen.append(indices)
-            take = indices[..., None].expand(-1, -1, -1, keys.shape[-1])
-            end = slice(m, m + window)
-            self._keys[layer][:, :, :m] = keys.gather(2, take)
-            self._values[layer][:, :, :m] = source.values(layer).gather(2, take)
-            self._keys[layer][:, :, end] = source.keys(layer, length - window)
-            self._values[layer][:, :, end] = source.values(layer, length - window)
+            chosen.append(selection.indices)
+            self._copy_selected(layer, source, selection)
         self._selected = torch.stack(chosen)
         self._recent = list(range(length - window, length))
         self.peak_entries = max(self.peak_entries, self.size)
+
+    def _copy_selected(self, layer: int, source: KVCache, selection: Selection) -> None:
+        """Copy what was chosen, and the recent entries behind it."""
+        indices, window = selection.indices, selection.window
+        m, first = indices.shape[-1], source.length - window
+        keys, values = source.keys(layer), source.values(layer)
+        take = indices[..., None].expand(-1, -1, -1, keys.shape[-1])
+        end = slice(m, m + window)
+        self._keys[layer][:, :, :m] = keys.gather(2, take)
+        self._values[layer][:, :, :m] = values.gather(2, take)
+        self._keys[layer][:, :, end] = source.keys(layer, first)
+        self._values[layer][:, :, end] = source.values(layer, first)
 
     def _logged(self, log: QueryLog | None) -> bool:
         """Whether a log holds the queries that the policy looks at."""
@@ -304,10 +323,14 @@ class SparseKVCache:
         for first in range(start, source.length, self.budget):
             last = min(first + self.budget, source.length)
             self.reserve(last - first)
-            entries = slice(self.size, self.size + last - first)
-            self._keys[:, :, :, entries] = source._keys[:, :, :, first:last]
-            self._values[:, :, :, entries] = source._values[:, :, :, first:last]
+            self._copy_recent(source, first, last)
             self.advance(last - first)
+
+    def _copy_recent(self, source: KVCache, first: int, last: int) -> None:
+        """Copy positions ``first`` to ``last`` behind all others."""
+        entries = slice(self.size, self.size + last - first)
+        self._keys[:, :, :, entries] = source._keys[:, :, :, first:last]
+        self._values[:, :, :, entries] = source._values[:, :, :, first:last]
 
     # ---------------------------------------------------------------- the decoder's side
     def reserve(self, n: int) -> None:
@@ -324,13 +347,16 @@ class SparseKVCache:
         from_selected = min(n, max(0, selected - self.policy.floor(self.budget)))
         from_recent = min(n - from_selected, len(self._recent))
         from_selected = n - from_recent  # more than its share only when nothing recent is left
-        recent_left = slice(selected + from_recent, self.size)
-        for buffer in (self._keys, self._values):
-            kept = buffer[:, :, :, from_selected:selected], buffer[:, :, :, recent_left]
-            moved = torch.cat(kept, dim=3)
-            buffer[:, :, :, : moved.shape[3]] = moved
+        self._move(slice(from_selected, selected), slice(selected + from_recent, self.size))
         self._selected = self._selected[..., from_selected:]
         self._recent = self._recent[from_recent:]
+
+    def _move(self, selected_left: slice, recent_left: slice) -> None:
+        """Bring what is left together at the front."""
+        for buffer in (self._keys, self._values):
+            kept = buffer[:, :, :, selected_left], buffer[:, :, :, recent_left]
+            moved = torch.cat(kept, dim=3)
+            buffer[:, :, :, : moved.shape[3]] = moved
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store ``k, v`` ``[B, H_kv, n, D]`` as the newest entries and attend from ``q``."""
@@ -395,3 +421,87 @@ class SparseKVCache:
     def _forget_all(self) -> None:
         self._selected = self._selected[..., :0]
         self._recent = []
+
+
+class InPlaceKVCache(SparseKVCache):
+    """The entries that a :class:`SparseKVCache` would copy, read where they lie in a full cache.
+
+    Tokens drafted here are written to the full cache behind its own, at the positions that they would
+    take; the target overwrites them when it verifies. So a draft must fit the full cache's capacity,
+    and is over when the target goes on.
+
+    Parameters
+    ----------
+    full
+        The cache that holds the entries; no other may be given to :meth:`fill`.
+    """
+
+    def __init__(self, full: KVCache, budget: int, policy: Policy) -> None:
+        if policy.per_step:
+            raise ValueError(f"policy {policy.name!r} chooses anew at each step: copy its entries")
+        self._full = full
+        self._chunk_size = 1
+        self._chunks: Tensor | None = None  # chunk numbers of what is selected, [L, B, H_kv, m]
+        super().__init__(full.config, budget, policy, full.batch, full.dtype, full.device)
+
+    def _room(self) -> tuple[Tensor, Tensor]:
+        return self._full._keys, self._full._values
+
+    def own_bytes(self) -> int:
+        return 0
+
+    def fill(self, source: KVCache) -> None:
+        if source is not self._full:
+            raise ValueError("source is another full cache than the one that is read in place")
+        super().fill(source)
+
+    def _copy_selected(self, layer: int, source: KVCache, selection: Selection) -> None:
+        self._chunk_size = selection.chunk_size
+        self._chunks = None
+
+    def _copy_recent(self, source: KVCache, first: int, last: int) -> None:
+        pass
+
+    def _move(self, selected_left: slice, recent_left: slice) -> None:
+        self._chunks = None
+
+    def _numbers(self) -> tuple[Tensor, int]:
+        """Chunk numbers of the selected entries and the chunks' size: 1 once a chunk has been cut."""
+        size, m = self._chunk_size, self._selected.shape[-1]
+        size = size if size in CHUNK_SIZES and m % size == 0 else 1
+        if self._chunks is None:
+            self._chunks = (self._selected[..., ::size] // size).int()
+        return self._chunks, size
+
+    def reserve(self, n: int) -> None:
+        if self.length + n > self._full.capacity:
+            raise ValueError(
+                f"cache of {self._full.capacity} tokens cannot take {n} more after {self.length}"
+            )
+        super().reserve(n)
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store ``k, v`` ``[B, H_kv, n, D]`` as the newest entries and attend from ``q``."""
+        start, stop = self.length, self.length + q.shape[2]
+        keys, values = self._full.keys(layer, 0, stop), self._full.values(layer, 0, stop)
+        keys[:, :, start:] = k
+        values[:, :, start:] = v
+        chunks, size = self._numbers()
+        recent = {"window": len(self._recent), "chunk_size": size}
+        return sparse_decode(q, keys, values, chunks[layer], stop, **recent, check=False)
+
+    def _forget_all(self) -> None:
+        super()._forget_all()
+        self._chunks = None
+
+
+def sparse_cache_of(full: KVCache, budget: int, policy: Policy) -> SparseKVCache:
+    """A sparse cache, to be filled from ``full``: read in place where a kernel can, else copied."""
+    keys, values = full.keys(0, 0, 1), full.values(0, 0, 1)
+    if (
+        wanted(full.device)
+        and not policy.per_step
+        and use_triton("auto", "k", keys, full.config.head_dim, layout_fault(k=keys, v=values))
+    ):
+        return InPlaceKVCache(full, budget, policy)
+    return SparseKVCache(full.config, budget, policy, full.batch, full.dtype, full.device)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bdlib.cache import KVCache, SparseKVCache
+from bdlib.cache import KVCache, SparseKVCache, sparse_cache_of
 from bdlib.sampling import Sampling
 from bdlib.selection import Policy
 from bdlib.transformer import Decoder
@@ -122,7 +122,8 @@ class SelfDrafter(Drafter):
     """The target itself, attending to a budget of its own cache (MagicDec, arXiv 2408.11049).
 
     It needs no training and no second model: the sparse cache copies entries of the target's full
-    one, and after each verification takes over the exact entries the target computed.
+    one (on a GPU it reads them in place), and after each verification takes over the exact entries the
+    target computed.
 
     Parameters
     ----------
@@ -141,9 +142,7 @@ class SelfDrafter(Drafter):
 
     def start(self, prompt: Tensor, cache: KVCache, capacity: int) -> None:
         self._full = cache
-        self.cache = SparseKVCache(
-            cache.config, self.budget, self.policy, cache.batch, cache.dtype, cache.device
-        )
+        self.cache = sparse_cache_of(cache, self.budget, self.policy)
 
     def select(self, rounds: int) -> None:
         if rounds == 0 or (self.refresh and rounds % self.refresh == 0):
@@ -167,7 +166,7 @@ class SelfDrafter(Drafter):
 
     @property
     def kv_bytes(self) -> int:
-        return self.cache.batch * self.cache.config.kv_bytes(self.budget, self.cache.dtype)
+        return self.cache.own_bytes()
 
 
 class ModelDrafter(Drafter):

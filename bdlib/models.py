@@ -214,15 +214,23 @@ def restrict_head(drafter: Decoder, vocabulary: Tensor) -> None:
     head = Linear(drafter.config.hidden_size, len(vocabulary))
     head.weight = nn.Parameter(rows)
     drafter.head = head
-    drafter.vocabulary = vocabulary
+    drafter.vocabulary = vocabulary.to(rows.device)
 
 
 def row_of(drafter: Decoder) -> Tensor | None:
-    """Head row of each token id ``[V]``, -1 where the drafter does not score it."""
-    if drafter.vocabulary is None:
+    """Head row of each token id ``[V]``, -1 where the drafter does not score it.
+
+    On the drafter's device; made once for a draft vocabulary, and again when that has moved.
+    """
+    ids = drafter.vocabulary
+    if ids is None:
         return None
-    rows = torch.full((drafter.config.vocab_size,), -1, dtype=torch.int64)
-    rows[drafter.vocabulary] = torch.arange(len(drafter.vocabulary))
+    made_of, rows = getattr(drafter, "_rows", (None, None))
+    if made_of is not ids:
+        with torch.inference_mode(False):
+            rows = ids.new_full((drafter.config.vocab_size,), -1)
+            rows[ids] = torch.arange(len(ids), device=ids.device)
+        drafter._rows = ids, rows
     return rows
 
 

@@ -21,6 +21,9 @@ Teacher distributions are kept as their ``K`` most probable tokens. Sums then ru
 ``alpha`` is a lower bound that misses at most the tail mass, and ``kl`` compares ``q`` with ``p``
 renormalised over the tokens the drafter can score. A drafter may score only part of the vocabulary;
 a token outside has ``q = 0``.
+
+On a GPU :func:`branch` is the kernel of :mod:`bdlib.kernels.acceptance_loss`, for teachers it has room
+for; what follows is the same in PyTorch.
 """
 
 from __future__ import annotations
@@ -30,6 +33,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from bdlib.kernels.acceptance_loss import MAX_TOKENS, acceptance_loss
+from bdlib.kernels.launching import use_triton, wanted
 
 LOSSES = ("ce", "kl", "tv", "lk_alpha", "lk_lambda")
 
@@ -104,6 +110,13 @@ def branch(
         raise ValueError(
             f"logits of {logits.shape[0]} positions, teacher target of {target.ids.shape[0]}"
         )
+    count = target.ids.shape[1]
+    many = f"ids has {count} tokens a position; the kernel takes {MAX_TOKENS}"
+    many = many if count > MAX_TOKENS else None
+    if wanted(logits.device) and use_triton("auto", "logits", logits, fault=many):
+        found = acceptance_loss(logits, target.ids, target.probs, loss, rows, check=False)
+        alpha, agreement = float(found.alpha.mean()), float(found.agreement.double().mean())
+        return Branch(found.loss, alpha, agreement, found.kl)
     log_q = F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
     index = target.ids if rows is None else rows[target.ids]
     scored = index >= 0  # [N, K]

@@ -19,6 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdlib.attention import attention_weights
+from bdlib.kernels.chunk_scores import chunk_scores
+from bdlib.kernels.launching import CHUNK_SIZES, layout_fault, use_triton, wanted
 
 
 @dataclass(frozen=True)
@@ -31,10 +33,13 @@ class Selection:
         Positions ``[B, H_kv, m]`` before the window, those to be evicted first at the front.
     window
         Number of most recent positions kept besides, the same for every head.
+    chunk_size
+        ``indices`` are whole chunks, one after another, of so many neighbours each, in order.
     """
 
     indices: Tensor
     window: int
+    chunk_size: int = 1
 
 
 @dataclass(frozen=True)
@@ -164,18 +169,30 @@ class ChunkTopK(Policy):
         chunks = keys.shape[2] // self.chunk_size
         keep = min(budget // self.chunk_size, chunks)
         scores = self.score(keys, chunks)
-        return Selection(_tokens(_best(scores, keep, first=1), self.chunk_size), 0)
+        best = _best(scores, keep, first=1)
+        return Selection(_tokens(best, self.chunk_size), 0, self.chunk_size)
 
     def score(self, keys: Tensor, chunks: int) -> Tensor:
         """Last key times the mean key of each chunk, ``[B, H_kv, chunks]``."""
         if not chunks:
             return keys.new_empty((*keys.shape[:2], 0))
+        if _scored_by_kernel(keys, self.chunk_size):
+            last = keys[:, :, -1:]
+            return chunk_scores(last, keys, chunk_size=self.chunk_size, chunks=chunks)[:, :, 0]
         return (chunk_means(keys, chunks, self.chunk_size) @ keys[:, :, -1, :, None])[..., 0]
 
 
 def chunk_means(keys: Tensor, chunks: int, size: int) -> Tensor:
     """Mean key of each whole chunk, ``[B, H_kv, chunks, D]``."""
     return keys[:, :, : chunks * size].unflatten(2, (chunks, size)).mean(3)
+
+
+def _scored_by_kernel(keys: Tensor, size: int) -> bool:
+    """Whether chunks of these keys are scored by :mod:`bdlib.kernels.chunk_scores`."""
+    if not wanted(keys.device):
+        return False
+    fault = None if size in CHUNK_SIZES else f"chunk_size {size} is no power of two up to 64"
+    return use_triton("auto", "k", keys, keys.shape[3], fault or layout_fault(k=keys))
 
 
 @register
@@ -209,10 +226,13 @@ class ChunkTopKRecent(Policy):
         if keep < 1:
             return Selection(_all(keys).indices, budget)
         scores = self.score(keys, (length - window) // size, queries)
-        return Selection(_tokens(_best(scores, keep, first=1), size), window)
+        return Selection(_tokens(_best(scores, keep, first=1), size), window, size)
 
     def score(self, keys: Tensor, chunks: int, queries: Tensor | None) -> Tensor:
         """Estimated attention mass of each chunk, ``[B, H_kv, chunks]``."""
+        if _scored_by_kernel(keys, self.chunk_size):
+            scores = chunk_scores(queries, keys, chunk_size=self.chunk_size, chunks=chunks)
+            return torch.softmax(scores, -1).unflatten(1, (keys.shape[1], -1)).sum((2, 3))
         means = chunk_means(keys, chunks, self.chunk_size)
         return attention_weights(queries, means).sum((2, 3))
 

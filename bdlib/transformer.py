@@ -336,7 +336,8 @@ class Decoder(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding
-        self.vocabulary: Tensor | None = None  # token ids of the head's rows, if not all
+        # Token ids of the head's rows, if not all; a buffer, so that it moves with the weights.
+        self.register_buffer("vocabulary", None, persistent=False)
         self._tables: tuple[Tensor, Tensor] | None = None
 
     @property

@@ -11,6 +11,9 @@ causally, to each other. Every view shares the full stream's keys and values.
 * All positions: the window is cut into blocks, so every position (but those of the first block) gets a
   sparse view, and gradient reaches the keys and values of the prefix: the drafter learns to store what
   a sparse reader will need.
+
+On a GPU the chosen entries are read where they lie (:mod:`bdlib.kernels.multi_view`); elsewhere they are
+gathered into a copy.
 """
 
 from __future__ import annotations
@@ -23,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bdlib.attention import causal_attention
+from bdlib.kernels.launching import use_triton, wanted
+from bdlib.kernels.multi_view import multi_view
 from bdlib.selection import Policy
 from bdlib.transformer import Decoder
 
@@ -129,11 +134,15 @@ def drafted_view(
     at = torch.tensor([list(range(s, s + length)) for s in starts], device=tokens.device)
     cos, sin = cos[at], sin[at]  # [N, length, 1, D]
     blocks = tokens[at]  # [N, length]
-    kept = []  # of each layer: keys, values and which of them are real
+    in_place = wanted(tokens.device) and use_triton(
+        "auto", "keys", stream.keys[0], model.config.head_dim
+    )
+    kept = []  # of each layer: keys and values, and which entries were chosen and are real
     for index in range(len(model.layers)):
         chosen, visible = choose(stream, index, view, starts, length)
-        old = [_take(t[index][0], chosen) for t in (stream.keys, stream.values)]
-        kept.append([*old, visible])
+        copied = chosen[..., :0] if in_place else chosen
+        old = [_take(t[index][0], copied) for t in (stream.keys, stream.values)]
+        kept.append([*old, chosen, visible])
     outputs: list[Tensor] = []
     for step in range(steps):
         if states is None:
@@ -144,10 +153,16 @@ def drafted_view(
         mask = _block_mask(length, step, tokens.device)
         for index, layer in enumerate(model.layers):
             q, k, v = model.project(layer, x, cos, sin)
-            keys, values, visible = kept[index]
+            keys, values, chosen, visible = kept[index]
             keys, values = torch.cat((keys, k.to(q.dtype)), 2), torch.cat((values, v), 2)
             kept[index][:2] = keys, values
-            x = model.finish(layer, x, _attend(q, keys, values, visible, mask))
+            if in_place:
+                prefix = stream.keys[index][0], stream.values[index][0]
+                which = chosen, visible.sum(-1)
+                attended = multi_view(q, keys, values, *prefix, *which, check=False)
+            else:
+                attended = _attend(q, keys, values, visible, mask)
+            x = model.finish(layer, x, attended)
         outputs.append(x)
     return outputs
 

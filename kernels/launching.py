@@ -1,13 +1,16 @@
 """What the launchers share: checks of their arguments, choice of a backend, sizes of tiles.
 
 ``backend="auto"`` takes Triton for tensors on a GPU, if the shapes suit, and PyTorch otherwise;
-``"triton"`` insists and says what does not suit; ``"torch"`` is the reference.
+``"triton"`` insists and says what does not suit; ``"torch"`` is the reference. The library always asks
+for ``"auto"``; :func:`use` says for a while what that means.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -99,6 +102,31 @@ def as_lengths(lengths: int | Tensor, n: int, k: Tensor, check: bool) -> Tensor:
     return lengths.int()
 
 
+_automatic = ContextVar("automatic", default="auto")
+
+
+@contextmanager
+def use(backend: str) -> Iterator[None]:
+    """Inside the block ``"auto"`` means this backend, for the whole library.
+
+    ``"torch"`` keeps a GPU run off the kernels. ``"triton"`` insists on them wherever the library has
+    one: on the CPU that needs the interpreter, and caches have to be made inside the block, because
+    the kernels read another layout than the CPU's own.
+    """
+    require(backend in BACKENDS, f"backend {backend!r} must be one of {', '.join(BACKENDS)}")
+    token = _automatic.set(backend)
+    try:
+        yield
+    finally:
+        _automatic.reset(token)
+
+
+def wanted(device: torch.device) -> bool:
+    """Whether the library should ask for a kernel at all for tensors on this device; cheap."""
+    meaning = _automatic.get()
+    return meaning == "triton" or (meaning == "auto" and device.type == "cuda")
+
+
 def use_triton(
     backend: str, name: str, tensor: Tensor, dim: int | None = None, fault: str | None = None
 ) -> bool:
@@ -114,6 +142,7 @@ def use_triton(
         What else, known already, keeps the kernel from running.
     """
     require(backend in BACKENDS, f"backend {backend!r} must be one of {', '.join(BACKENDS)}")
+    backend = _automatic.get() if backend == "auto" else backend
     if backend == "torch" or (backend == "auto" and tensor.device.type != "cuda"):
         return False
     if not triton_installed():

@@ -22,6 +22,7 @@ from typing import Any
 tl: Any = None  # stands for triton.language until the first use
 
 
+@functools.cache
 def triton_installed() -> bool:
     """Whether triton can be imported (its wheels are for Linux)."""
     return importlib.util.find_spec("triton") is not None
