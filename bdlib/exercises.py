@@ -1372,3 +1372,122 @@ def _compile_job() -> None:
                 row = compiling.examine(configuration, target)
                 found.append((asdict(row), built.asm["sass"]))
     print(json.dumps(found))
+
+
+# -------------------------------------------------------------------- lesson 11
+
+
+def _head_mistakes(target: Tensor, rows: Tensor, vocabulary: Tensor) -> dict[str, Tensor]:
+    import torch
+
+    zeros, floor, first = torch.zeros_like(target), torch.full_like(target, -1e4), target.clone()
+    zeros[vocabulary], floor[vocabulary], first[: len(rows)] = rows, rows, rows
+    turned = target.clone()
+    turned[vocabulary] = rows.flip(0)
+    return {
+        "the trained rows are missing: this is the target's head": target,
+        "this scores the draft vocabulary only: an engine expects a row for every token": rows,
+        "rows outside the draft vocabulary are zero, and a score of 0 beats every negative one: the"
+        " drafter would propose tokens it never learnt": zeros,
+        "rows outside the draft vocabulary must be the target's; constant ones give scores that"
+        " grow with the state's sum, not small ones": floor,
+        "the trained rows stand first: row i of the small head belongs to token vocabulary[i]": first,
+        "the trained rows are in another order than the vocabulary": turned,
+    }
+
+
+def check_full_head(full_head: Callable[[Tensor, Tensor, Tensor], Tensor] | None) -> Verdict:
+    """Check ``full_head(target_head [V, C], rows [R, C], vocabulary [R]) -> [V, C]``."""
+    import torch
+
+    if full_head is None:
+        return TODO
+    generator = torch.Generator().manual_seed(11)
+    target = torch.randn(9, 4, generator=generator, dtype=torch.float64)
+    rows = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+    vocabulary, before = torch.tensor([1, 4, 6]), target.clone()
+    try:
+        given = full_head(target, rows, vocabulary)
+    except Exception as error:  # whatever the student's code raises
+        return Verdict(False, f"{type(error).__name__}: {error}")
+    if given is None:
+        return TODO
+    if not isinstance(given, torch.Tensor):
+        return Verdict(False, f"return a tensor, not a {type(given).__name__}")
+    if not torch.equal(target, before):
+        return Verdict(
+            False, "the target's own head was written to: the target would change. Copy it first"
+        )
+    for complaint, wrong in _head_mistakes(target, rows, vocabulary).items():
+        if given.shape == wrong.shape and torch.equal(given, wrong):
+            return Verdict(False, complaint)
+    if given.shape != target.shape:
+        wanted = list(target.shape)
+        return Verdict(False, f"the shape is {list(given.shape)}, an engine expects {wanted}")
+    wanted = target.clone()
+    wanted[vocabulary] = rows
+    differ = [i for i in range(len(wanted)) if not torch.equal(given[i], wanted[i])]
+    if differ:
+        kind = "in" if differ[0] in vocabulary else "outside"
+        return Verdict(
+            False, f"row {differ[0]}, {kind} the draft vocabulary {vocabulary.tolist()}, is wrong"
+        )
+    return Verdict(True, "the trained rows where they belong, the target's elsewhere")
+
+
+def check_serving_config(
+    config: Mapping[str, Any] | None,
+    folder: str,
+    gpus: int,
+    acceptance: float,
+    draft_cost: float,
+    verify_cost: float,
+) -> Verdict:
+    """Check a vLLM ``speculative_config`` for a standalone drafter in ``folder``.
+
+    Parameters
+    ----------
+    gpus
+        GPUs that share the target.
+    acceptance, draft_cost, verify_cost
+        Chance that a draft is accepted; costs in target steps. They decide the best draft length.
+    """
+    from bdlib.serving import check_vllm
+
+    if config is None:
+        return TODO
+    if not isinstance(config, Mapping):
+        return Verdict(False, f"give a dictionary, not a {type(config).__name__}")
+    try:
+        check_vllm(config, gpus)
+    except ValueError as error:
+        return Verdict(False, f"vLLM would refuse it: {error}")
+    method = config.get("method", "draft_model")
+    if method != "draft_model":
+        return Verdict(
+            False,
+            f"method {method!r} is valid, but not for this drafter: it is a model of its own that"
+            " reads token ids",
+        )
+    if config["model"] != folder:
+        said = "the target" if "drafter" not in config["model"] else "another folder"
+        return Verdict(False, f"model {config['model']!r} is {said}; the drafter is in {folder!r}")
+    extra = sorted(set(config) - {"method", "model", "num_speculative_tokens"})
+    extra = [name for name in extra if name != "draft_tensor_parallel_size"]
+    if extra:
+        return Verdict(False, f"{', '.join(extra)}: valid, but nothing here asks for it")
+
+    def speedup(gamma: int) -> float:
+        tokens = sum(acceptance**i for i in range(gamma + 1))
+        return tokens / (gamma * draft_cost + verify_cost)
+
+    best = max(range(1, 33), key=speedup)
+    gamma = config["num_speculative_tokens"]
+    if gamma != best:
+        side = "shorter" if gamma > best else "longer"
+        return Verdict(
+            False,
+            f"vLLM would take it, but {gamma} drafts a round give {speedup(gamma):.3f}x by the"
+            f" formula, and a {side} draft gives more",
+        )
+    return Verdict(True, f"vLLM takes it, and {best} drafts are best: {speedup(best):.3f}x")
