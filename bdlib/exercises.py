@@ -1280,7 +1280,7 @@ def _attention_mistakes(
 
 @dataclass(frozen=True)
 class Built:
-    """A kernel compiled for a target: its row of the table, and the machine code as text."""
+    """A kernel compiled for a target: its row of the table, and the machine code, if asked for."""
 
     row: Compiled
     sass: str
@@ -1291,6 +1291,7 @@ def compile_answer(
     tiles: Sequence[Mapping[str, int]],
     targets: Sequence[str] = ("sm_80", "sm_90", "sm_100"),
     types: Mapping[str, str] | None = None,
+    code: str | None = "sm_90",
 ) -> list[Built]:
     """Compile a kernel of a notebook for GPUs that need not be there, once a tile and target.
 
@@ -1304,6 +1305,8 @@ def compile_answer(
         Values of the ``tl.constexpr`` arguments, ``num_warps`` and ``num_stages``.
     types
         Types of pointers that are not float16, such as ``{"out_ptr": "fp32"}``.
+    code
+        The target whose machine code is wanted as text too.
 
     Raises
     ------
@@ -1325,6 +1328,7 @@ def compile_answer(
         "tiles": [dict(tile) for tile in tiles],
         "targets": list(targets),
         "types": dict(types or {}),
+        "code": code,
     }
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-c", "from bdlib import exercises; exercises._compile_job()"]
@@ -1370,7 +1374,7 @@ def _compile_job() -> None:
                 target = compiling.TARGETS[name]
                 built = compiling.compile_kernel(configuration, target)
                 row = compiling.examine(configuration, target)
-                found.append((asdict(row), built.asm["sass"]))
+                found.append((asdict(row), built.asm["sass"] if name == job["code"] else ""))
     print(json.dumps(found))
 
 

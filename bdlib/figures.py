@@ -245,7 +245,8 @@ def memory_map(
             if program is not None:
                 text = ", ".join(str(axis) for axis in program)
                 middle = (start + n / 2) * width
-                ax.text(middle, row, text, ha="center", va="center", fontsize=9.5)
+                box = {"facecolor": "white", "alpha": 0.75, "pad": 1.5, "edgecolor": "none"}
+                ax.text(middle, row, text, ha="center", va="center", fontsize=9.5, bbox=box)
             start += n
     ax.set_yticks(range(len(strips)), list(strips))
     ax.set_xlim(0, tokens)
