@@ -11,18 +11,23 @@ VENV ?= .venv
 PROFILE ?= quick
 # More options for JupyterLab, for example LAB_OPTIONS="--no-browser --port=8899".
 LAB_OPTIONS ?=
+# The same for the dashboard, for example VOILA_OPTIONS="--no-browser --port=8866".
+VOILA_OPTIONS ?=
 PIP_VERSION := 26.3
 
 BIN := $(VENV)/bin
 PY := $(BIN)/python
 INSTALLED := $(VENV)/.bdlib-installed
 LESSONS := $(wildcard notebooks)
+DASHBOARD := notebooks/20_instructor_dashboard.ipynb
+# Defaults of JupyterLab in this environment alone: never ask about news, never look for any.
+LAB_DEFAULTS := $(VENV)/share/jupyter/lab/settings/overrides.d/bdlib.json
 
 # The pinned pip is the one that fetches, too: it resumes a broken download.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env fetch lab test notebooks lint clean
+.PHONY: help env fetch lab dashboard test notebooks lint clean
 
 help: ## Say what the targets do
 	@echo "BudgetDraft: sparse-KV speculative decoding, in notebooks"
@@ -41,6 +46,8 @@ $(INSTALLED): pyproject.toml
 	@$(PY) -m pip install --quiet "pip==$(PIP_VERSION)"
 	@echo "==> bdlib and its pinned dependencies (the first time this downloads a lot)"
 	@$(PY) -m pip install --resume-retries 10 -e ".[dev]"
+	@mkdir -p $(dir $(LAB_DEFAULTS))
+	@echo '{"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}' > $(LAB_DEFAULTS)
 	@touch $@
 
 fetch: env ## Download and verify the model and the texts (about 140 MB, once)
@@ -54,6 +61,10 @@ lab: fetch ## Open the lessons in JupyterLab
 		--LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
 		$(if $(filter 0,$(shell id -u)),--allow-root) $(LAB_OPTIONS) \
 		$(notdir $(wildcard notebooks/00_start_here.ipynb))
+
+dashboard: fetch ## Serve the instructor's dashboard as a page of its own
+	@echo "==> the dashboard; it opens after its first run (half a minute); stop it with Ctrl-C"
+	@"$(BIN)/voila" $(DASHBOARD) --theme=light $(VOILA_OPTIONS)
 
 test: fetch ## Run all tests and every notebook, offline
 	@echo "==> tests, then every notebook (nbval and papermill)"
