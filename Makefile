@@ -27,7 +27,7 @@ LAB_DEFAULTS := $(VENV)/share/jupyter/lab/settings/overrides.d/bdlib.json
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help env fetch lab dashboard test notebooks lint clean
+.PHONY: help env fetch lab dashboard test notebooks html lint clean
 
 help: ## Say what the targets do
 	@echo "BudgetDraft: sparse-KV speculative decoding, in notebooks"
@@ -73,6 +73,10 @@ test: fetch ## Run all tests and every notebook, offline
 notebooks: fetch ## Run every lesson with papermill (PROFILE=quick, cpu or gpu)
 	@echo "==> lessons, profile $(PROFILE)"
 	@$(PY) -m bdlib notebooks --profile $(PROFILE)
+
+html: env ## Write all lessons as static pages to build/site (nothing is run)
+	@echo "==> pages"
+	@$(PY) -m bdlib html
 
 lint: env ## Check style and formatting, and the stored form of the notebooks
 	@echo "==> ruff, notebooks"

@@ -91,6 +91,20 @@ def notebooks(
 
 
 @app.command()
+def html(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Notebooks, by number, name or path; all if none.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder; build/site if unset.")] = None,
+) -> None:
+    """Write the lessons as static pages, to be read without a kernel; nothing is run."""
+    from bdlib import lessons, site
+
+    pages = site.build(out, lessons.find(names), lambda name: typer.echo(name, err=True))
+    typer.echo(f"{len(pages)} pages; begin with {pages[0]}")
+
+
+@app.command()
 def doctor() -> None:
     """Say what this machine has: versions, CPU, GPU, fetched files."""
     from bdlib import doctor as examination
@@ -462,6 +476,53 @@ def engine(
     if out is not None:
         measuring.write_json(out, result)
     typer.echo(json.dumps(result, indent=2) if as_json else benching.table(result))
+
+
+@bench.command()
+def training(
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="Which recipe; may be repeated (default: both kinds).")
+    ] = None,
+    length: Annotated[int, typer.Option(help="Tokens of the window.")] = 2048,
+    repeats: Annotated[int, typer.Option(help="Passes with each number of views.")] = 5,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    out: Annotated[Path | None, typer.Option(help="File to write the JSON to.")] = None,
+) -> None:
+    """A training step with one sparse view and with three, beside the machine's matrix rate."""
+    import json
+
+    from bdlib import bench_training
+    from bdlib import measure as measuring
+
+    chosen = {"recipes": tuple(recipe)} if recipe else {}
+    settings = bench_training.TrainingBenchSettings(**chosen, length=length, repeats=repeats)
+    if out is not None:
+        out = measuring.check_output(out)
+    result = bench_training.training(
+        settings, progress=lambda words: typer.echo(f"bench: {words}", err=True)
+    )
+    if out is not None:
+        measuring.write_json(out, result)
+    typer.echo(json.dumps(result, indent=2) if as_json else bench_training.table(result))
+
+
+@bench.command()
+def gpu(
+    out: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")],
+    dry: Annotated[
+        bool, typer.Option("--dry", help="Tiny sizes on the CPU, to see that it reaches its end.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Chooses texts and random inputs.")] = 0,
+) -> None:
+    """Everything about a GPU in one report: kernels right and fast, decoding, training."""
+    if dry:
+        os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported, later than this
+    from bdlib import bench_gpu
+
+    report = bench_gpu.run(out, dry, seed, lambda words: typer.echo(f"bench: {words}", err=True))
+    typer.echo(bench_gpu.summary(report))
+    typer.echo(f"wrote {out / 'report.json'} and {out / 'report.html'}")
+    raise typer.Exit(1 if report["faults"] else 0)
 
 
 kernels = typer.Typer(help="The Triton kernels, without a GPU.")
