@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from bdlib.cache import KVCache
+from bdlib.controllers import Arms, Controller, label
 from bdlib.drafters import Drafter, Proposal, prefill
 from bdlib.sampling import Sampling, verify
 from bdlib.transformer import Decoder
@@ -48,6 +49,13 @@ class Round:
         ``"corrected"`` (the target's own after a rejection) or ``"plain"`` (nothing was drafted).
     seconds
         Time of ``prefill`` (the drafter's; round 0 only), ``draft``, ``select`` and ``verify``.
+        A controller's own time is part of ``select``.
+    gamma
+        Tokens that were asked of the drafter; it is asked for fewer near the length limit.
+    drafter
+        Who was asked; empty in a plain round.
+    why
+        A controller's reason for this choice; empty without one.
     """
 
     index: int
@@ -56,6 +64,9 @@ class Round:
     emitted: tuple[int, ...]
     kind: str
     seconds: dict[str, float]
+    gamma: int = 0
+    drafter: str = ""
+    why: str = ""
 
 
 @dataclass
@@ -114,6 +125,7 @@ def decode(
     drafter: Drafter | None = None,
     *,
     gamma: int = 4,
+    controller: Controller | None = None,
     max_new_tokens: int = 64,
     sampling: Sampling = GREEDY,
     stop_tokens: Collection[int] = (),
@@ -132,7 +144,11 @@ def decode(
     drafter
         Who proposes; ``None`` decodes plainly.
     gamma
-        Tokens drafted per round.
+        Tokens drafted per round, unless a controller chooses.
+    controller
+        Chooses ``gamma`` anew for every round, 0 included, and among :class:`bdlib.controllers.Arms` the
+        drafter. Output stays lossless. When sampling, a seed no longer repeats the output: what is
+        drafted, and so which random numbers are used up, then depends on measured times.
     stop_tokens
         Decoding ends with the first of these that is emitted.
     generator
@@ -146,6 +162,8 @@ def decode(
     """
     if gamma < 1:
         raise ValueError(f"gamma {gamma} must be at least 1 token")
+    if controller is not None and drafter is None:
+        raise ValueError("a controller needs a drafter to choose for")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
     if not sampling.greedy and generator is None:
@@ -160,30 +178,56 @@ def decode(
             f"cache of {cache.capacity} tokens is too small: this decoding may reach {end}"
         )
     return _rounds(
-        target, cache, prompt, drafter, gamma, max_new_tokens, sampling, set(stop_tokens), generator
-    )
+        target, cache, prompt, drafter, gamma, controller, max_new_tokens, sampling, set(stop_tokens),
+        generator,
+    )  # fmt: skip
 
 
 @torch.inference_mode()
 def _rounds(
-    target, cache, prompt, drafter, gamma, max_new_tokens, sampling, stop_tokens, generator
+    target,
+    cache,
+    prompt,
+    drafter,
+    gamma,
+    controller,
+    max_new_tokens,
+    sampling,
+    stop_tokens,
+    generator,
 ) -> Iterator[Round]:
     clock = _Clock(target.device)
+    arms: tuple[Drafter, ...] = ()
     if drafter is not None:
         drafter.start(prompt, cache, cache.capacity)
+        arms = drafter.drafters if isinstance(drafter, Arms) else (drafter,)
+    names = [label(arm) for arm in arms]
     clock.lap("prefill")
     last, left, index = int(prompt[-1]), max_new_tokens, 0
+    if controller is not None:
+        controller.start(names, max_new_tokens)
     nothing = Proposal(torch.empty(0, dtype=torch.int64, device=target.device))
+    asked, arm, why, drafting_rounds, done = gamma if arms else 0, 0, "", 0, None
     while True:
         start = cache.length
         proposal = nothing
-        if drafter is not None:
-            drafter.select(index)
+        if controller is not None:
+            if index:
+                controller.record(done)
+            choice = controller.choose(left)
+            asked, arm, why = choice.gamma, choice.arm, choice.why
+            if isinstance(drafter, Arms):
+                drafter.use(arm)
+        if asked:
+            drafter.select(drafting_rounds)
             clock.lap("select")
+            drafting_rounds += 1
             if left > 1:
-                proposal = drafter.propose(last, min(gamma, left - 1), sampling, generator)
+                proposal = drafter.propose(last, min(asked, left - 1), sampling, generator)
+            clock.lap("draft")
+        elif controller is not None:
+            clock.lap("select")
         n = proposal.tokens.shape[0]
-        clock.lap("draft")
 
         tokens = torch.cat((torch.tensor([last], device=target.device), proposal.tokens))
         logits = target(tokens[None], cache)[0]  # [n + 1, V]
@@ -198,13 +242,19 @@ def _rounds(
         cache.rewind(start + len(emitted))
         clock.lap("verify")
         left -= len(emitted)
-        done = stopped is not None or left == 0
-        if drafter is not None and not done:
-            drafter.commit(emitted, accepted)
+        ended = stopped is not None or left == 0
+        if drafter is not None and not ended:
+            if asked:
+                drafter.commit(emitted, accepted)
+            else:
+                drafter.follow(last, emitted)
             clock.lap("select")
-        drafted = tuple(proposal.tokens.tolist())
-        yield Round(index, drafted, accepted, tuple(emitted), kind, clock.read())
-        if done:
+        done = Round(
+            index, tuple(proposal.tokens.tolist()), accepted, tuple(emitted), kind, clock.read(),
+            asked, names[arm] if asked else "", why,
+        )  # fmt: skip
+        yield done
+        if ended:
             return
         clock.restart()
         last, index = emitted[-1], index + 1
@@ -217,11 +267,15 @@ def generate(
     *,
     cache: KVCache | None = None,
     gamma: int = 4,
+    controller: Controller | None = None,
     max_new_tokens: int = 64,
     **settings: object,
 ) -> Generation:
-    """Prefill (unless a ``cache`` is given) and decode to the end; see :func:`decode`."""
-    result = Generation(len(prompt), gamma)
+    """Prefill (unless a ``cache`` is given) and decode to the end; see :func:`decode`.
+
+    With a controller the result's ``gamma`` is the most that it may draft.
+    """
+    result = Generation(len(prompt), controller.settings.max_gamma if controller else gamma)
     if cache is None:
         clock = _Clock(target.device)
         needs = {} if drafter is None else {"observe": drafter.observe, "taps": drafter.taps}
@@ -229,8 +283,9 @@ def generate(
         clock.lap("prefill")
         result.prefill_seconds = clock.read()["prefill"]
     rounds = decode(
-        target, cache, prompt, drafter, gamma=gamma, max_new_tokens=max_new_tokens, **settings
-    )
+        target, cache, prompt, drafter, gamma=gamma, controller=controller,
+        max_new_tokens=max_new_tokens, **settings,
+    )  # fmt: skip
     result.rounds.extend(rounds)
     return result
 

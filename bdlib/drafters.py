@@ -8,6 +8,7 @@ only its speed.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,13 @@ class Drafter(ABC):
     @abstractmethod
     def commit(self, emitted: list[int], accepted: int) -> None:
         """Learn what was emitted after the last proposal (its first ``accepted`` tokens were ours)."""
+
+    def follow(self, last: int, emitted: list[int]) -> None:
+        """Learn of a round in which this drafter had no part: ``last`` was fed, ``emitted`` came out.
+
+        Such rounds must cost next to nothing: what can wait until the next proposal waits.
+        """
+        self.commit(emitted, 0)
 
     def select(self, rounds: int) -> None:  # noqa: B027 (most drafters have nothing to choose)
         """Choose cache entries anew if it is time to; called before each round's draft."""
@@ -149,8 +157,22 @@ class SelfDrafter(Drafter):
             self.cache.fill(self._full)
 
     def propose(self, last, n, sampling, generator):
+        self._catch_up()
         self._round_start = self.cache.length
         return _draft(self.target, self.cache, [last], n, sampling, generator)
+
+    def follow(self, last: int, emitted: list[int]) -> None:
+        pass  # the entries are in the target's cache whenever they are wanted
+
+    def _catch_up(self) -> None:
+        """Take over what the target computed since; no more of it than the budget can hold."""
+        if self.cache.length == self._full.length:
+            return
+        if self.policy.per_step:
+            self.cache.fill(self._full)
+            return
+        self.cache.length = max(self.cache.length, self._full.length - self.budget)
+        self.cache.extend_from(self._full, self.cache.length)
 
     def commit(self, emitted: list[int], accepted: int) -> None:
         # The target verified these positions with its full cache: take its entries, not our guesses.
@@ -202,7 +224,18 @@ class ModelDrafter(Drafter):
         self.taps = getattr(model, "taps", ())
         self.name = "feature" if self.taps else "model"
 
-    def start(self, prompt: Tensor, cache: KVCache, capacity: int) -> None:
+    def start(
+        self,
+        prompt: Tensor,
+        cache: KVCache,
+        capacity: int,
+        readers: Sequence[Drafter] = (),
+    ) -> None:
+        """See :meth:`Drafter.start`.
+
+        ``readers`` have started on the same prompt: one with the same model and policy has read it
+        already, and its full cache is used instead of reading it again.
+        """
         if self.taps and cache.taps != self.taps:
             raise ValueError(
                 f"the target's cache keeps the layers {cache.taps}, this drafter reads {self.taps};"
@@ -214,10 +247,19 @@ class ModelDrafter(Drafter):
         place = (1, self.model.dtype, self.model.device)
         self.cache = SparseKVCache(self.model.config, budget, self.policy, *place)
         size = capacity if self._keep else max(1, len(prompt) - 1)
-        self._full: KVCache | None = KVCache(self.model.config, size, *place, observe=self.policy)
-        self._take_in(prompt[:-1])
+        self._full: KVCache | None = next(filter(None, map(self._shared, readers)), None)
+        if self._full is None:
+            self._full = KVCache(self.model.config, size, *place, observe=self.policy)
+            self._take_in(prompt[:-1])
         self._pending: list[int] = []
         self._behind: list[int] = []  # emitted tokens that the kept full cache lacks
+
+    def _shared(self, other: Drafter) -> KVCache | None:
+        """The full cache of another drafter, if it is what this one would compute and keeps as it is."""
+        same = isinstance(other, ModelDrafter) and other.model is self.model
+        if not same or self._keep or other._keep or type(other.policy) is not type(self.policy):
+            return None
+        return other._full
 
     def _take_in(self, tokens: Tensor) -> None:
         """Add verified tokens ``[n]`` to the full cache, a piece at a time."""
@@ -242,14 +284,25 @@ class ModelDrafter(Drafter):
             self._take_in(torch.tensor(self._behind))
             self._behind = []
         self.cache.fill(self._full)
-        self._pending = []
-        if not self._keep:
+        if self._keep:
+            self._pending = []
+        else:
             self._full = None
+
+    def follow(self, last: int, emitted: list[int]) -> None:
+        passed = [last, *emitted[:-1]]
+        self._pending.extend(passed)
+        if self._keep:
+            self._behind.extend(passed)
 
     def propose(self, last, n, sampling, generator):
         self._pending.append(last)
         if self._keep:
             self._behind.append(last)
+        # After rounds without it there may be more to take in than the cache can hold: skip the oldest.
+        missed = max(0, len(self._pending) - self.cache.budget)
+        self._pending = self._pending[missed:]
+        self.cache.length += missed
         start = self.cache.length
         self._base = start + len(self._pending)
         states = self._states(start, len(self._pending))
