@@ -190,3 +190,89 @@ def test_a_readme_without_lessons_is_an_error(tmp_path):
     (tmp_path / "x.ipynb").write_text("{")
     with pytest.raises(ValueError, match=r"x\.ipynb is not a valid notebook"):
         site.lesson_page(tmp_path / "x.ipynb")
+
+
+# ------------------------------------------------------------------ the README's examples
+
+
+def example(repository, heading):
+    """The first Python block under a heading of the README."""
+    section = (repository / "README.md").read_text().split(f"\n## {heading}\n")[1]
+    return section.split("```python\n")[1].split("```")[0]
+
+
+def test_the_example_of_a_policy_decodes(repository, monkeypatch):
+    import tiny
+    import torch
+
+    from bdlib import selection
+    from bdlib.decoding import generate
+    from bdlib.drafters import SelfDrafter
+
+    monkeypatch.setattr(selection, "POLICIES", dict(selection.POLICIES))
+    exec(example(repository, "Add a policy"), {"__name__": "example"})
+    policy = selection.make_policy("largest_keys")
+    keys = torch.ones(1, 1, 20, 4)
+    keys[0, 0, 5] = 9
+    assert 5 in policy.select(keys, 8, None, None).indices
+    target, prompt = tiny.model(), tiny.text(60)
+    drafter = SelfDrafter(target, policy, 24)
+    found = generate(target, prompt, drafter, gamma=3, max_new_tokens=12)
+    assert found.tokens == tiny.greedy(target, prompt, 12)
+    assert 0 < drafter.kv_entries <= 24
+
+
+def test_the_example_of_a_kernel_is_its_reference(repository, tmp_path):
+    import os
+    import subprocess
+    import sys
+
+    pytest.importorskip("triton")
+    (tmp_path / "key_norms.py").write_text(example(repository, "Add a kernel"))
+    program = (
+        "import torch, key_norms as m\n"
+        "for n in (1, 63, 100):\n"
+        "    k = torch.randn(2, n, 64)\n"
+        "    found = m.key_norms(k, backend='triton')\n"
+        "    assert torch.allclose(found, m.reference(k), atol=1e-5), n\n"
+        "    assert torch.equal(m.key_norms(k), m.reference(k))\n"
+    )
+    paths = os.pathsep.join([str(tmp_path), str(repository), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": paths},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_binder_needs_is_there(repository):
+    import os
+    import subprocess
+    import tomllib
+
+    import yaml
+
+    environment = yaml.safe_load((repository / "binder" / "environment.yml").read_text())
+    project = tomllib.loads((repository / "pyproject.toml").read_text())["project"]
+    (python,) = [one for one in environment["dependencies"] if one.startswith("python=")]
+    assert tuple(map(int, python.split("=")[1].split("."))) >= (3, 11)
+    assert project["requires-python"] == ">=3.11"
+    script = repository / "binder" / "postBuild"
+    assert os.access(script, os.X_OK)
+    assert "python -m bdlib fetch" in script.read_text()
+    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
+
+
+def test_the_glossary_has_names_that_are_in_the_code(repository):
+    section = (repository / "README.md").read_text().split("\n## Glossary\n")[1].split("\n## ")[0]
+    rows = [re.split(r"(?<!\\\\)\|", line)[1:-1] for line in section.splitlines() if "|" in line]
+    assert all(len(row) == 4 for row in rows)
+    code = " ".join(path.read_text() for path in (repository / "bdlib").glob("*.py"))
+    names = [
+        n for row in rows for quoted in re.findall(r"`([\w.]+)`", row[1]) for n in quoted.split(".")
+    ]
+    assert len(names) > 20
+    assert [name for name in names if not re.search(rf"\b{name}\b", code)] == []
