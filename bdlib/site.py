@@ -17,6 +17,7 @@ from bdlib import assets, lessons
 
 IN_WORDS = "*In words:*"
 HEADING = "## The lessons"
+STYLE = "<style>.rendered_html :is(td, th) {text-align: left !important}</style>"
 
 
 def build(
@@ -49,13 +50,14 @@ def build(
         if progress is not None:
             progress(lessons.label(path))
         page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(lesson_page(path), encoding="utf8")
+        home = "../" * (len(page.relative_to(out).parts) - 1) + index.name
+        page.write_text(lesson_page(path, home), encoding="utf8")
         pages.append(page)
     return pages
 
 
-def lesson_page(path: Path) -> str:
-    """One notebook as a page."""
+def lesson_page(path: Path, home: str = "index.html") -> str:
+    """One notebook as a page with a link to the index, ``home``."""
     import nbformat
 
     try:
@@ -65,7 +67,7 @@ def lesson_page(path: Path) -> str:
     for cell, words in figures_of(notebook):
         if words is not None:
             cell.metadata["alt"] = plain(words)
-    return _page(notebook, _title(notebook))
+    return _page(notebook, _title(notebook), home)
 
 
 def index_page(readme: Path) -> str:
@@ -112,10 +114,14 @@ def _title(notebook: Any) -> str:
     return notebook.cells[0].source.splitlines()[0].removeprefix("# ").strip()
 
 
-def _page(notebook: Any, title: str) -> str:
+def _page(notebook: Any, title: str, home: str | None = None) -> str:
     from nbconvert import HTMLExporter
 
     exporter = HTMLExporter(template_name="classic", exclude_input_prompt=True)
     exporter.exclude_output_prompt = True
     html, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
+    html = html.replace("</head>", f"{STYLE}</head>", 1)
+    if home is not None:
+        link = f'<nav style="padding: 8px 16px"><a href="{home}">All lessons</a></nav>'
+        html = re.sub(r"<body[^>]*>", rf"\g<0>{link}", html, count=1)
     return re.sub(r'(href="(?!https?:)[^"#]*)\.ipynb(["#])', r"\1.html\2", html)
