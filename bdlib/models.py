@@ -210,11 +210,13 @@ def conditioned_on(
 
 def restrict_head(drafter: Decoder, vocabulary: Tensor) -> None:
     """Give the drafter a trainable head of its own that scores ``vocabulary`` only."""
-    rows = drafter.head.dense()[vocabulary].detach().clone()
+    whole = drafter.head.dense()
+    vocabulary = vocabulary.to(whole.device)
+    rows = whole[vocabulary].detach().clone()
     head = Linear(drafter.config.hidden_size, len(vocabulary))
     head.weight = nn.Parameter(rows)
     drafter.head = head
-    drafter.vocabulary = vocabulary.to(rows.device)
+    drafter.vocabulary = vocabulary
 
 
 def row_of(drafter: Decoder) -> Tensor | None:

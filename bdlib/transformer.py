@@ -456,11 +456,12 @@ class Decoder(nn.Module):
                 " or stretch the model with YaRN (load_pair(..., context=N))"
             )
         if self._tables is None or self._tables[0].device != self.device:
-            inv_freq, factor = rope_frequencies(self.config.rope, self.config.head_dim)
-            angles = torch.arange(limit, dtype=torch.float32)[:, None] * inv_freq
-            cos, sin = angles.cos() * factor, angles.sin() * factor
-            tables = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-            self._tables = tuple(t[:, None].to(self.device, self._wide) for t in tables)
+            with torch.inference_mode(False):  # made while decoding, they must serve training too
+                inv_freq, factor = rope_frequencies(self.config.rope, self.config.head_dim)
+                angles = torch.arange(limit, dtype=torch.float32)[:, None] * inv_freq
+                cos, sin = angles.cos() * factor, angles.sin() * factor
+                tables = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+                self._tables = tuple(t[:, None].to(self.device, self._wide) for t in tables)
         return self._tables[0][start:stop], self._tables[1][start:stop]
 
     # ---------------------------------------------------------------- making, reading, writing

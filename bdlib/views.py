@@ -187,8 +187,8 @@ def choose(
         recent = torch.arange(start - selection.window, start, device=keys.device)
         recent = recent.expand(keys.shape[1], -1)
         rows.append(torch.cat((selection.indices[0], recent), -1))  # [H_kv, S]
-    sizes = torch.tensor([row.shape[-1] for row in rows], device=stream.hidden.device)
-    width = max(1, int(sizes.max()))
+    counts = [row.shape[-1] for row in rows]
+    width, sizes = max(1, *counts), torch.tensor(counts, device=stream.hidden.device)
     chosen = torch.stack([F.pad(row, (0, width - row.shape[-1])) for row in rows])
     return chosen, torch.arange(width, device=sizes.device) < sizes[:, None]
 

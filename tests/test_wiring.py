@@ -24,7 +24,7 @@ from bdlib.objectives import Objective, TeacherTarget
 from bdlib.selection import make_policy
 from bdlib.training import TrainSettings, window_loss
 from bdlib.transformer import Decoder
-from bdlib.views import View
+from bdlib.views import View, full_stream
 
 inside = pytest.mark.skipif(not interpreted(), reason="runs in the interpreter's process")
 outside = pytest.mark.skipif(interpreted(), reason="would start itself for ever")
@@ -372,11 +372,49 @@ def test_a_draft_vocabulary_moves_with_its_drafter():
 
 
 @outside
-def test_rows_made_while_measuring_serve_training():
-    drafter = models.cut_from(model(), (0,), torch.arange(3, 40))
-    with torch.inference_mode():
-        rows = models.row_of(drafter)
-    assert not rows.is_inference()
-    assert (
-        KVCache(drafter.config, 8)._keys.stride(-2) == 1
-    )  # the CPU's layout is the transposed one
+def test_a_drafter_that_was_measured_can_be_trained():
+    """Tables made in inference mode would not be."""
+    target, drafter = model(), models.cut_from(model(), (0,), torch.arange(3, 40))
+    views = [View(30, make_policy("chunk_topk"))]
+    forced.along(target, {"cut": drafter}, text(60), views, 24, 12, 1)
+    assert not models.row_of(drafter).is_inference()
+    full_stream(drafter, text(50)).hidden.sum().backward()
+
+
+@outside
+@pytest.mark.parametrize("mode", ["all", "continuation"])
+def test_training_stays_on_its_device(monkeypatch, mode):
+    """The meta device computes nothing, but refuses to be mixed with the CPU and to wait for a value."""
+    target = model(3)
+    drafter = models.trainable(models.conditioned_on(target, (0, 1), torch.arange(5, 61))).to(
+        "meta"
+    )
+    tokens = torch.zeros(60, dtype=torch.int64, device="meta")
+    teacher = TeacherTarget(tokens[:, None].expand(-1, 9), torch.zeros(60, 9, device="meta"))
+    monkeypatch.setattr("bdlib.training.branch", on_meta)
+    settings = TrainSettings(
+        budgets=BudgetSampler({20: 1.0}),
+        policies=("chunk_topk", "chunk_topk_recent", "sink_window", "random"),
+        views=4,
+        mode=mode,
+        block=11,
+        draft_steps=2,
+    )
+    features = torch.zeros(60, 2, SHAPE["hidden_size"], device="meta")
+    arguments = (drafter, tokens, teacher, settings, settings.draw(0), "s", features)
+    loss, *_ = window_loss(*arguments)
+    loss.backward()
+    assert loss.device.type == drafter.final_norm.grad.device.type == "meta"
+
+
+def on_meta(logits, target, loss, rows):
+    """A loss in place of the library's, whose figures are numbers."""
+    assert rows.device == logits.device
+    chosen = logits.log_softmax(-1).gather(-1, rows[target.ids])
+    return objectives.Branch(-(target.probs * chosen).mean(), 0.0, 0.0, chosen.sum(-1))
+
+
+@outside
+def test_the_cpu_keeps_its_layout():
+    keys = KVCache(model().config, 8)._keys
+    assert keys.stride(-2) == 1  # transposed
