@@ -268,6 +268,7 @@ def test_memory_is_watched_and_guarded():
 
 # ---------------------------------------------------------------- compiled
 @needs_triton
+@outside
 @pytest.mark.slow
 def test_a_kernel_of_a_cell_is_compiled(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
