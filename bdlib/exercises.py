@@ -1495,3 +1495,126 @@ def check_serving_config(
             f" formula, and a {side} draft gives more",
         )
     return Verdict(True, f"vLLM takes it, and {best} drafts are best: {speedup(best):.3f}x")
+
+
+# -------------------------------------------------------------------- lesson 10
+
+
+def paper_table(name: str) -> list[dict[str, Any]]:
+    """Rows of ``data/paper/NAME.csv``: figures printed in arXiv 2606.00144, see the README there.
+
+    Raises
+    ------
+    ValueError
+        If there is no such table, or no checkout of the repository.
+    """
+    import csv
+
+    from bdlib import assets
+
+    root = assets.checkout()
+    if root is None:
+        raise ValueError("the paper's figures are in a checkout of the repository; run this in one")
+    folder = root / "data" / "paper"
+    known = sorted(path.stem for path in folder.glob("*.csv"))
+    if name not in known:
+        raise ValueError(f"no table {name!r}; allowed: {', '.join(known)}")
+    whole, real = {"budget", "gamma"}, {"speedup", "acceptance", "tokens_per_second"}
+    with (folder / f"{name}.csv").open(encoding="utf8", newline="") as stream:
+        return [
+            {k: int(v) if k in whole else float(v) if k in real else v for k, v in row.items()}
+            for row in csv.DictReader(stream)
+        ]
+
+
+# Made-up rows: draft length, acceptance in percent, speed-up. Each mistake below picks other rows
+# than the right answer does. The fourth lies on the bound, the fifth has nothing accepted.
+BOUND_ROWS = (
+    (5, 40.0, 2.5),
+    (5, 20.0, 2.4),
+    (10, 60.0, 5.0),
+    (4, 25.0, 2.0),
+    (8, 0.0, 1.0),
+    (1, 50.0, 1.2),
+    (5, 80.0, 6.5),
+    (5, 80.0, 4.5),
+    (5, 80.0, 3.0),
+    (5, 40.0, 3.3),
+)
+_BOUND_MISTAKES: dict[str, Callable[[int, float], float]] = {
+    "it leaves out the token that the target adds to every round": lambda g, a: g * a,
+    "acceptance is printed in percent; divide by 100": lambda g, a: 1 + g * 100 * a,
+    "it is the most that any draft can give, gamma + 1; use the row's acceptance": lambda g, a: (
+        g + 1
+    ),
+    "(1 - a^(gamma+1)) / (1 - a) is an average for equal chances at every position, no bound: chances"
+    " that differ can give more": lambda g, a: sum(a**i for i in range(g + 1)),
+    "it counts one accepted draft a round at most; there are gamma": lambda g, a: 1 + a,
+    "the target's own token is not accepted with some chance, it always comes": lambda g, a: (
+        (g + 1) * a
+    ),
+}
+
+
+def check_above_bound(
+    above: Callable[[list[dict[str, Any]]], list[dict[str, Any]] | None] | None,
+) -> Verdict:
+    """Check ``above(rows)``, the rows whose speed-up no drafter can reach at their acceptance.
+
+    It is tried on made-up rows, then used on the paper's (Table 1, panel A).
+    """
+    if above is None:
+        return TODO
+    names = ("gamma", "acceptance", "speedup")
+    rows = [
+        {"context": "4K", "text": f"made up {i}", "budget": 256, **dict(zip(names, v, strict=True))}
+        for i, v in enumerate(BOUND_ROWS)
+    ]
+    try:
+        given = above([dict(row) for row in rows])
+    except Exception as error:  # whatever the student's code raises
+        return Verdict(False, f"{type(error).__name__}: {error}")
+    if given is None:
+        return TODO
+    if not isinstance(given, list) or not all(row in rows for row in given):
+        return Verdict(False, "return a list of rows, each as it was given to you")
+
+    def picked(bound: Callable[[int, float], float], slack: float = 1e-9) -> list[dict[str, Any]]:
+        return [
+            row
+            for row in rows
+            if row["speedup"] > bound(row["gamma"], row["acceptance"] / 100) + slack
+        ]
+
+    def most(gamma: int, a: float) -> float:
+        return 1 + gamma * a
+
+    right = picked(most)
+    if given != right:
+        if given == picked(most, -1e-9):
+            return Verdict(False, "a row on the bound is possible; count only those above it")
+        for complaint, bound in _BOUND_MISTAKES.items():
+            if given == picked(bound):
+                return Verdict(False, f"your bound is wrong: {complaint}")
+        return Verdict(False, _bound_complaint(given, right, rows))
+    found = above(paper_table("best"))
+    cells = dict.fromkeys(f"{row['text']} at {row['context']}" for row in found)
+    return Verdict(
+        True,
+        f"{len(found)} rows of Table 1 lie above the bound, all of one cell: {', '.join(cells)}",
+    )
+
+
+def _bound_complaint(
+    given: list[dict[str, Any]], right: list[dict[str, Any]], rows: list[dict[str, Any]]
+) -> str:
+    """What is wrong with the first row that is missing, too many, or in another place."""
+    for row in rows:
+        if (row in given) != (row in right):
+            most = 1 + row["gamma"] * row["acceptance"] / 100
+            what = "was not picked" if row in right else "was picked"
+            return (
+                f"a made-up row {what}: gamma {row['gamma']}, acceptance {row['acceptance']:g} %,"
+                f" {row['speedup']:g}x, and a round gives {most:.2f} tokens at most"
+            )
+    return "the right rows, but not each once and in the order given"
