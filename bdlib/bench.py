@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 TURNS = 5  # stretches of steps that alternate between the engines
-PREFILLS = 2  # prompts read by each engine, in turns
+PREFILLS = 3  # prompts read by each engine, in turns
 BUFFER_BYTES = 2**29  # far larger than any processor's cache
-REQUIRED = {"step": {512: 1.6, 8192: 2.2}, "prefill": {8192: 1.0}}
+REQUIRED = {"step": {512: 1.8, 8192: 2.8}, "prefill": {8192: 1.0}}
 """Speed-ups over transformers that the engine must reach, by tokens of context."""
 
 
