@@ -38,6 +38,7 @@ def place(tmp_path_factory):
         for name in ("a", "b", "c"):
             text = tiny.text(300, seed=ord(name) + len(kind) + (kind == "two"))
             (place / "texts" / kind / f"{name}.txt").write_text(tiny.words(text.tolist()))
+    (place / "texts" / "long.txt").write_text(tiny.words(tiny.text(700, seed=9).tolist()))
     (place / "texts" / "short.txt").write_text(tiny.words(range(20)))
     return place
 
@@ -289,6 +290,14 @@ def test_every_cell_is_measured_as_by_itself(place, swept):
 
 
 AXIS_NAMES = ("drafter", "policy", "budget", "context", "gamma", "text", "temperature", "refresh")
+
+
+def test_a_context_beyond_the_targets_positions_stretches_it(place, tmp_path):
+    """Only there: the shorter context of the same sweep is measured on the target as it is."""
+    table = change(regime="teacher-forced", drafter="alone", context=[64, 600], text="long")
+    sweeps.run(grid(place, samples=1, grid=[table]), tmp_path, progress=False)
+    cells = [json.loads(p.read_text()) for p in (tmp_path / "cells").iterdir()]
+    assert {c["point"]["context"]: c["scaling"] for c in cells} == {64: "none", 600: "YaRN x2"}
 
 
 def test_rows_add_up(swept):
