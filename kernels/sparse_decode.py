@@ -207,8 +207,9 @@ def sparse_decode(
     lengths = as_lengths(lengths, n, k, check)
     if not use_triton(backend, "k", k, dim, layout_fault(k=k, v=v)):
         return reference(q, k, v, chunks, lengths, window, chunk_size)
-    parts_each = torch.arange(chunk_size // unit, device=k.device, dtype=torch.int32)
-    chunks = (chunks[..., None] * len(parts_each) + parts_each).flatten(2)  # -1 stays negative
+    if chunk_size != unit:
+        parts_each = torch.arange(chunk_size // unit, device=k.device, dtype=torch.int32)
+        chunks = (chunks[..., None] * len(parts_each) + parts_each).flatten(2)  # -1 stays negative
     rows = n * group
     options = tile(q.dtype, dim, rows) | {"CHUNK": unit}
     tiles = -(-rows // options["ROWS"])
