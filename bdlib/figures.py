@@ -142,9 +142,14 @@ def _trace_row(r: Round, tokenizer: Any) -> str:
 
 def _token_html(text: str, kind: str) -> str:
     background, decoration = TOKEN_STYLES[kind]
-    shown = escape(text).replace("\n", "&#9166;").replace(" ", "&nbsp;")
-    style = f"background:{background};color:#000000;text-decoration:{decoration};padding:1px 3px"
-    return f'<span style="{style}" title="{kind}">{shown}</span>'
+    # A line through or under the space before a word would read as a dash.
+    word = text.lstrip(" ") or text
+    space = "&nbsp;" * (len(text) - len(word))
+    shown = escape(word).replace("\n", "&#9166;").replace(" ", "&nbsp;")
+    if decoration != "none":
+        shown = f'<span style="text-decoration:{decoration}">{shown}</span>'
+    style = f"background:{background};color:#000000;padding:1px 3px"
+    return f'<span style="{style}" title="{kind}">{space}{shown}</span>'
 
 
 def selection_map(
@@ -299,3 +304,158 @@ def agreement_by_budget(
         f" {settings['seed']}; bars: 95 % intervals.",
     )
     return fig, axes[0]
+
+
+# ------------------------------------------------------------- sweeps (rows of bdlib.sweeps.load)
+
+DRAFTER_LABELS = {"self": "target itself", "full-only": "trained on the full view only"}
+
+
+def swept(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], bars: bool = True) -> str:
+    """What a caption says of rows of a sweep: number type, documents, seed, intervals."""
+    counts = [row["documents"] for row in rows]
+    n = f"{min(counts)} to {max(counts)}" if min(counts) < max(counts) else f"{counts[0]}"
+    seeds = ", ".join(str(seed) for seed in about["seeds"])
+    text = f"SmolLM2-135M, {', '.join(about['dtype'])}; teacher-forced; n = {n} documents a point;"
+    return f"{text} seed {seeds}" + ("; bars: 95 % intervals over documents." if bars else ".")
+
+
+def agreement_panels(
+    rows: Sequence[Mapping[str, Any]],
+    across: str,
+    by: str = "drafter",
+    ngram: bool = True,
+    stretched: int | None = None,
+) -> tuple[Figure, Sequence[Axes]]:
+    """Teacher-forced agreement: a panel a kind of text, a line a value of ``by``.
+
+    Parameters
+    ----------
+    rows
+        One row a point, with its ``text``, ``drafter``, ``policy``, ``budget``, ``context``,
+        ``agreement`` and where known ``agreement_low``, ``agreement_high``, ``ngram_agreement``.
+    across
+        ``"budget"`` (the full cache is the last tick), ``"context"`` (the full cache is a dashed
+        line) or another column of whole numbers.
+    stretched
+        Contexts above this many tokens are shaded: the target's positions are stretched there.
+    """
+    import matplotlib.pyplot as plt
+
+    def full(row: Mapping[str, Any]) -> bool:
+        return row["policy"] == "full"
+
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    names = list(dict.fromkeys(r[by] for r in rows if by != "policy" or not full(r)))
+    ticks = sorted({row[across] for row in rows}, key=lambda v: (v is None, v))
+    width = min(11.0, 4.6 + 2.9 * (len(texts) - 1))
+    fig, axes = plt.subplots(1, len(texts), figsize=(width, 4.1), sharey=True, squeeze=False)
+    for ax, text in zip(axes[0], texts, strict=True):
+        here = [row for row in rows if row["text"] == text]
+        for i, name in enumerate(names):
+            of = [r for r in here if r[by] == name or (by == "policy" and full(r))]
+            split = across != "budget" and by != "budget"
+            label = "full cache" if name is None else DRAFTER_LABELS.get(name, str(name))
+            shift = 0.07 * (i - (len(names) - 1) / 2)
+            for dashed in (False, True) if split else (None,):
+                line = [r for r in of if dashed is None or full(r) == dashed]
+                line.sort(key=lambda r: ticks.index(r[across]))
+                x = [ticks.index(r[across]) + shift for r in line]
+                ends = f"{label}, full cache" if dashed else label
+                _with_intervals(ax, x, line, i, "--" if dashed else "-", ends)
+        if ngram:
+            known = {r[across]: r["ngram_agreement"] for r in here}
+            x, y = zip(*sorted((ticks.index(t), v) for t, v in known.items()), strict=True)
+            ax.plot(x, y, color="black", ls=":", lw=1.6, label="n-gram lookup")
+        if stretched and any(tick and tick > stretched for tick in ticks):
+            first = next(i for i, tick in enumerate(ticks) if tick and tick > stretched)
+            look = {"color": COLORS["grey"], "alpha": 0.15, "lw": 0, "label": "YaRN x2"}
+            ax.axvspan(first - 0.5, len(ticks) - 0.5, **look)
+        ax.set_xticks(range(len(ticks)), [_tick(across, tick) for tick in ticks])
+        ax.set_xlim(-0.5, len(ticks) - 0.5)
+        unit = {"budget": "budget (entries)", "context": "context (tokens)"}
+        ax.set(title=text, xlabel=unit.get(across, across), ylim=(0, None) if ngram else None)
+    axes[0][0].set_ylabel("top-1 agreement with the target")
+    found = {}
+    for ax in axes[0]:
+        found |= {label: handle for handle, label in zip(*_handles(ax), strict=True)}
+    columns = 2 if len(texts) == 1 else 4 if len(texts) > 2 else 3
+    fig.legend(found.values(), found.keys(), loc="outside upper left", ncols=columns, fontsize=9)
+    return fig, axes[0]
+
+
+def _handles(ax: Axes) -> tuple[list[Any], list[str]]:
+    return ax.get_legend_handles_labels()
+
+
+def _tick(across: str, value: Any) -> str:
+    if value is None:
+        return "full"
+    return f"{value // 1024}K" if across == "context" and value % 1024 == 0 else str(value)
+
+
+def _with_intervals(
+    ax: Axes, x: Sequence[float], rows: Sequence[Mapping[str, Any]], i: int, ls: str, label: str
+) -> None:
+    """A line of the i-th look, with bars where an interval is known."""
+    if not rows:
+        return
+    style = {"color": CYCLE[i % len(CYCLE)], "marker": MARKERS[i % len(MARKERS)]}
+    y = [row["agreement"] for row in rows]
+    ax.plot(x, y, ls=ls, lw=1.2 if ls == "--" else 2, label=label, **style)
+    for at, row in zip(x, rows, strict=True):
+        low, high = row.get("agreement_low"), row.get("agreement_high")
+        if low is not None and high is not None and ls == "-":
+            ax.errorbar(
+                [at], [(low + high) / 2], [(high - low) / 2], fmt="none", capsize=3, lw=1.2,
+                color=style["color"],
+            )  # fmt: skip
+
+
+def kept_map(rows: Sequence[Mapping[str, Any]]) -> tuple[Figure, Sequence[Axes]]:
+    """Heat map, budget x context: agreement over that with the full cache; a panel a drafter.
+
+    Rows are of one policy and the full cache. Several kinds of text are averaged, each weighing the
+    same, where a cell has all of them; other cells stay empty.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    drafters = list(dict.fromkeys(row["drafter"] for row in rows))
+    contexts = sorted({row["context"] for row in rows})
+    budgets = sorted({row["budget"] for row in rows if row["budget"] is not None})
+    grids = []
+    for drafter in drafters:
+        own = [row for row in rows if row["drafter"] == drafter]
+        texts = {row["text"] for row in own}
+        grid = np.full((len(budgets), len(contexts)), np.nan)
+        for (y, budget), (x, context) in itertools.product(enumerate(budgets), enumerate(contexts)):
+            cell, whole = (
+                {r["text"]: r["agreement"] for r in own if (r["context"], r["budget"]) == place}
+                for place in ((context, budget), (context, None))
+            )
+            if set(cell) == set(whole) == texts and sum(whole.values()) and budget < context:
+                grid[y, x] = sum(cell.values()) / sum(whole.values())
+        grids.append(grid)
+    least = min((float(np.nanmin(g)) for g in grids if not np.isnan(g).all()), default=1.0)
+    most = max((float(np.nanmax(g)) for g in grids if not np.isnan(g).all()), default=1.0)
+    low, high = min(0.8, least), max(1.05, most)
+    columns = min(3, len(drafters))
+    lines_ = -(-len(drafters) // columns)
+    size = (1.5 + columns * (1.2 + 0.62 * len(contexts)), 1.3 + lines_ * (1 + 0.42 * len(budgets)))
+    fig, axes = plt.subplots(lines_, columns, figsize=size, squeeze=False)
+    for ax in axes.flat[len(drafters) :]:
+        ax.set_axis_off()
+    for ax, drafter, grid in zip(axes.flat, drafters, grids, strict=False):
+        image = ax.imshow(grid, "cividis", vmin=low, vmax=high, origin="lower", aspect="auto")
+        for (y, x), value in np.ndenumerate(grid):
+            dark = value < (low + high) / 2
+            shown = "" if np.isnan(value) else f"{value:.2f}"
+            ax.text(x, y, shown, ha="center", va="center", color="white" if dark else "black")
+        ax.set_xticks(range(len(contexts)), [_tick("context", c) for c in contexts])
+        ax.set_yticks(range(len(budgets)), [str(b) for b in budgets])
+        ax.grid(False)
+        ax.set_title(DRAFTER_LABELS.get(drafter, drafter), fontsize=10.5)
+        ax.set(xlabel="context (tokens)", ylabel="budget (entries)")
+    fig.colorbar(image, ax=axes, label="of the full cache's agreement")
+    return fig, axes.flat[: len(drafters)]
