@@ -1618,3 +1618,147 @@ def _bound_complaint(
                 f" {row['speedup']:g}x, and a round gives {most:.2f} tokens at most"
             )
     return "the right rows, but not each once and in the order given"
+
+
+# -------------------------------------------------------------------- lesson 07
+
+_CELL_NAMES = ("text", "drafter", "policy", "budget", "context")
+BUDGET_CELL = dict(zip(_CELL_NAMES, ("made up", "small", "sink_window", 256, 4096), strict=True))
+
+
+def _budget_records() -> list[dict[str, Any]]:
+    """Made-up windows around :data:`BUDGET_CELL`: each mistake below gives another number."""
+    small = ("made up", "small")
+    rows = [
+        (*small, "sink_window", 256, 4096, "a", 0, 0.30),
+        (*small, "sink_window", 256, 4096, "a", 900, 0.50),
+        (*small, "sink_window", 256, 4096, "b", 0, 0.10),
+        (*small, "full", None, 4096, "b", 0, 0.30),
+        (*small, "full", None, 4096, "a", 0, 0.40),
+        (*small, "full", None, 4096, "a", 900, 0.50),
+        (*small, "full", None, 4096, "c", 0, 0.90),  # the cell has no such window
+        (*small, "snapkv", 256, 4096, "a", 0, 0.62),
+        (*small, "sink_window", 512, 4096, "a", 0, 0.71),
+        (*small, "sink_window", 256, 8192, "a", 0, 0.15),
+        (*small, "full", None, 8192, "a", 0, 0.17),
+        ("made up", "large", "sink_window", 256, 4096, "b", 0, 0.83),
+        ("made up", "large", "full", None, 4096, "b", 0, 0.99),
+        ("other text", "small", "sink_window", 256, 4096, "a", 0, 0.77),
+        ("other text", "small", "full", None, 4096, "a", 0, 0.96),
+    ]
+    names = (*_CELL_NAMES, "document", "offset", "agreement")
+    return [
+        dict(zip(names, row, strict=True)) | {"alpha": round(1 - row[-1] ** 2, 4)} for row in rows
+    ]
+
+
+def _budget_pairs(
+    records: Sequence[Mapping[str, Any]],
+    cell: Mapping[str, Any],
+    ignored: str = "",
+    matched: bool = True,
+    column: str = "agreement",
+) -> tuple[list[float], list[float]]:
+    """Agreement in a cell and with the full cache, window by window (or not ``matched``)."""
+    alike = [n for n in ("text", "drafter", "context") if n != ignored]
+    inside = [n for n in _CELL_NAMES if n != ignored]
+    sparse = [r for r in records if all(r[n] == cell[n] for n in inside) and r["policy"] != "full"]
+    full = [r for r in records if r["policy"] == "full" and all(r[n] == cell[n] for n in alike)]
+    if matched:
+
+        def window(row: Mapping[str, Any]) -> tuple[Any, ...]:
+            return row["document"], row["offset"]
+
+        both = {window(r) for r in sparse} & {window(r) for r in full}
+        sparse, full = ([r for r in rows if window(r) in both] for rows in (sparse, full))
+        sparse, full = sorted(sparse, key=window), sorted(full, key=window)
+    return [r[column] for r in sparse], [r[column] for r in full]
+
+
+def _budget_mistakes(
+    records: list[dict[str, Any]], cell: Mapping[str, Any]
+) -> Iterator[tuple[str, float]]:
+    from statistics import fmean
+
+    def share(sparse: Sequence[float], full: Sequence[float]) -> float:
+        return (fmean(full) - fmean(sparse)) / (1 - fmean(sparse))
+
+    sparse, full = _budget_pairs(records, cell)
+    s, f = fmean(sparse), fmean(full)
+    yield (
+        "the two means are over different windows: take those that the cell has, too",
+        share(*_budget_pairs(records, cell, matched=False)),
+    )
+    yield "this is the difference of the agreements; divide it by the cell's misses", f - s
+    yield "divide by the misses of this cell, not by those with the full cache", (f - s) / (1 - f)
+    yield (
+        "this is the part of the agreement that was lost; asked for is a share of misses",
+        (f - s) / f,
+    )
+    yield "this is the part of the agreement that was kept; asked for is a share of misses", s / f
+    yield (
+        "the sign is wrong: a budget that costs something has a positive share",
+        -share(sparse, full),
+    )
+    yield "this is the rest: the misses that the full cache makes as well", (1 - f) / (1 - s)
+    each = [(b - a) / (1 - a) for a, b in zip(sparse, full, strict=True)]
+    yield (
+        "average the agreements first, then divide: a window with few misses weighs less",
+        fmean(each),
+    )
+    yield (
+        "this is alpha, the acceptance of sampling; the lesson's column is agreement",
+        share(*_budget_pairs(records, cell, column="alpha")),
+    )
+    for name in _CELL_NAMES:
+        yield (
+            f"rows of another {name} are counted in",
+            share(*_budget_pairs(records, cell, ignored=name)),
+        )
+        yield (
+            f"rows of another {name} are counted in, and the windows differ",
+            share(*_budget_pairs(records, cell, ignored=name, matched=False)),
+        )
+
+
+def check_budget_share(
+    budget_share: Callable[[list[dict[str, Any]], dict[str, Any]], float | None] | None,
+    records: Sequence[Mapping[str, Any]],
+    cell: Mapping[str, Any],
+) -> Verdict:
+    """Check ``budget_share(records, cell)``: of a cell's misses, the share that the budget causes.
+
+    It is tried on made-up windows, then used on those of ``records``.
+    """
+    from statistics import fmean
+
+    if budget_share is None:
+        return TODO
+    made_up = _budget_records()
+    try:
+        given = budget_share([dict(row) for row in made_up], dict(BUDGET_CELL))
+    except Exception as error:  # whatever the student's code raises
+        return Verdict(False, f"{type(error).__name__}: {error}")
+    if given is None:
+        return TODO
+    if isinstance(given, bool) or not isinstance(given, (int, float)):
+        return Verdict(False, f"return one number, not a {type(given).__name__}")
+    sparse, full = _budget_pairs(made_up, BUDGET_CELL)
+    right = (fmean(full) - fmean(sparse)) / (1 - fmean(sparse))
+    if not math.isclose(given, right, abs_tol=1e-9):
+        if math.isclose(given, 100 * right, abs_tol=1e-7):
+            return Verdict(False, "give a share between 0 and 1, not percent")
+        for complaint, wrong in _budget_mistakes(made_up, BUDGET_CELL):
+            if math.isclose(given, wrong, abs_tol=1e-9):
+                return Verdict(False, complaint)
+        return Verdict(
+            False,
+            f"on made-up windows it gives {given:.4f}; there the cell agrees at {fmean(sparse):.2f},"
+            f" and on the same windows the full cache at {fmean(full):.2f}",
+        )
+    try:
+        found = budget_share([dict(row) for row in records], dict(cell))
+    except Exception as error:  # whatever the student's code raises
+        return Verdict(False, f"right on made-up windows; here {type(error).__name__}: {error}")
+    place = f"{cell['drafter']}, {cell['text']}, {cell['budget']} of {cell['context']:,}"
+    return Verdict(True, f"{place}: {found:+.1%} of the misses are the budget's")
