@@ -131,6 +131,10 @@ def measure(
     ] = 256,
     context: Annotated[int, typer.Option(help="Tokens of prompt and output together.")] = 2048,
     gamma: Annotated[int, typer.Option(help="Tokens drafted per round.")] = 4,
+    controller: Annotated[
+        bool,
+        typer.Option("--controller", help="Choose anew in each round: gamma at most, or none."),
+    ] = False,
     text: Annotated[
         str, typer.Option(help="A file or folder of text, or embedded:train|held-out|all.")
     ] = "embedded:held-out",
@@ -163,6 +167,7 @@ def measure(
         budget=budget,
         context=context,
         gamma=gamma,
+        controller=controller,
         text=text,
         samples=samples,
         new_tokens=new_tokens,

@@ -364,7 +364,7 @@ class ControllerSettings:
     probe_after: int = 8
     probe_most: int = 48
     recheck: int = 96
-    optimism: float = 0.5
+    optimism: float = 1.0
     margin: float = 0.02
 
     def __post_init__(self) -> None:
@@ -440,18 +440,21 @@ class _Curve:
 class _Arm:
     """What is known of one drafter: acceptance by position, how often it proposes, its times."""
 
-    CHAIN = 3.0  # rounds' evidence that the position before is worth for the next one
+    CHAIN = 12.0  # rounds' evidence that the position before is worth for the next one
     FAST = 0.8  # fading of the short memory, per round
     ALARM = 3.0  # standard deviations between the two memories that mean a change
+    UNLIKELY = 0.0005  # chance of so many rounds in a row with nothing accepted that means a change
 
     def __init__(self, name: str, settings: ControllerSettings) -> None:
         self.name = name
         self._keep = math.exp(-1 / settings.memory)
+        self._prior, self._prior_rounds = settings.prior, settings.prior_rounds
         most = settings.max_gamma
         self.trials, self.hits = [0.0] * most, [0.0] * most
         self.trials[0] = settings.prior_rounds
         self.hits[0] = settings.prior_rounds * settings.prior
-        self._fast_trials = self._fast_hits = 0.0
+        self._fast_trials = self._fast_hits = self._fast_squares = 0.0
+        self._misses, self._before = 0, settings.prior
         self.asked, self.offers = 1.0, 1.0  # as if it had proposed once
         self.draft = _Curve()
         self.selecting: deque[float] = deque(maxlen=32)
@@ -462,27 +465,47 @@ class _Arm:
         self.trials = [t * self._keep for t in self.trials]
         self.hits = [h * self._keep for h in self.hits]
 
+    def forget(self) -> None:
+        """Not asked in this round: what is known goes back towards the prior, twice as fast."""
+        self.fade()
+        self.fade()
+        back = (1 - self._keep**2) * self._prior_rounds
+        self.trials[0] += back
+        self.hits[0] += back * self._prior
+
     def doubt(self, rounds: float) -> None:
         """Keep the means, and let them weigh no more than this many rounds."""
         factor = rounds / max(rounds, self.trials[0])
         self.trials = [t * factor for t in self.trials]
         self.hits = [h * factor for h in self.hits]
 
-    def learn(self, drafted: int, accepted: int) -> None:
+    def learn(self, drafted: int, accepted: int) -> bool:
+        """Take in a round; whether the last few contradict what was known: the text has changed."""
         self.asked = self.asked * self._keep + 1
         self.offers = self.offers * self._keep + (drafted > 0)
         if not drafted:
-            return
+            return False
         for i in range(min(drafted, accepted + 1, len(self.trials))):
             self.trials[i] += 1
             self.hits[i] += i < accepted
         self._fast_trials = self._fast_trials * self.FAST + 1
         self._fast_hits = self._fast_hits * self.FAST + (accepted > 0)
+        self._fast_squares = self._fast_squares * self.FAST**2 + 1
         fast, slow = self._fast_hits / self._fast_trials, self.hits[0] / self.trials[0]
-        spread = math.sqrt(max(0.02, slow * (1 - slow)) / self._fast_trials)
+        rounds = self._fast_trials**2 / self._fast_squares  # as many equal weights vary as little
+        spread = math.sqrt(max(0.02, slow * (1 - slow)) / rounds)
+        if accepted:
+            self._misses = 0
+            self._before = self.hits[0] / self.trials[0]
+        else:
+            self._misses += 1
+        if self._misses > 2 and (1 - self._before) ** self._misses < self.UNLIKELY:
+            self.hits[0], self._before = self.trials[0] / 4, 0.0
+            return True
         if self._fast_trials > 2 and abs(fast - slow) > self.ALARM * spread:
-            self.doubt(self._fast_trials)  # the text has changed: only the last few rounds count
             self.hits[0] = self.trials[0] * fast
+            return True
+        return False
 
     def alphas(self, optimism: float = 0.0) -> list[float]:
         """Posterior mean by position, each leaning on the one before; plus so many deviations."""
@@ -508,7 +531,9 @@ class Controller:
     Each :meth:`start` forgets what was learned: a text is judged by itself.
     """
 
-    DOUBT = 6.0  # rounds' evidence that is left when drafting stops
+    DRAFTS = 0.8  # share of the allowance that is for drafting; the rest is kept for probes
+    PATIENCE = 1.0  # standard deviations of acceptance that must not pay either before it stops
+    DOUBT = 3.0  # rounds' evidence that is left when drafting stops or the text has changed
     VERIFY_SLOPE = 0.03  # of a plain step, for each further token, until measured
     DRAFT_GUESS = 0.15  # of a plain step, for each drafted token, until measured
     CLOSE = 1.15  # predicted speed-up below which the cost of a plain step matters most
@@ -556,7 +581,12 @@ class Controller:
             self._wait -= 1
             return self._idle
         arm, options = self._outlook(most)
+        if not self._arms[arm].draft:
+            options = options[:1]  # one draft tells what drafts cost
         best = max(options, key=lambda p: p.speedup)
+        if best.speedup <= 1 and not self._off:  # is that certain enough to stop?
+            options = self._predictions(self._arms[arm], most, self.PATIENCE)[: len(options)]
+            best = max(options, key=lambda p: p.speedup)
         if best.speedup > 1 + self.settings.margin * self._off:
             kind = "draft"
             affordable = [p for p in options if self._affordable(p)]
@@ -564,15 +594,13 @@ class Controller:
             best = found if found.speedup > 1 else best
         elif not self._off:
             return self._stop(arm, best)
-        elif self._wait > 0:  # the surprise was not enough
-            self._surprise = False
-            self._wait -= 1
-            return self._idle
         else:
             kind, best = "probe", options[0]
-            self._interval = min(2 * self._interval, self.settings.probe_most)
+            if not self._surprise:  # else the last probe was accepted: ask once more
+                self._arms[arm].doubt(self.DOUBT)
+                self._interval = min(2 * self._interval, self.settings.probe_most)
             self._wait = self._interval
-        if not self._affordable(best):
+        if not self._affordable(best, 1.0 if kind == "probe" else self.DRAFTS):
             self._wait = max(self._wait, 2)
             self._surprise = False
             self._idle = Choice(
@@ -614,7 +642,7 @@ class Controller:
         return index, self._predictions(self._arms[index], most)
 
     def _predictions(self, arm: _Arm, most: int, optimism: float = 0.0) -> list[Prediction]:
-        """:func:`predict` for every gamma up to ``most``, with the sum carried along."""
+        """:func:`predict` for gamma 1, 2, ... up to ``most``, with the sum carried along."""
         step, slope = self._step, self.VERIFY_SLOPE * self._step
         if self._verify:
             verify = self._verify.table(2, most + 1, slope)
@@ -626,12 +654,15 @@ class Controller:
             draft = [step * self.DRAFT_GUESS * gamma for gamma in range(1, most + 1)]
         select = sum(arm.selecting) / len(arm.selecting) if arm.selecting else 0.0
         offered, alphas = arm.offers / arm.asked, arm.alphas(optimism)
-        out, tokens, reached = [], 1.0, offered
+        out, tokens, reached, falling = [], 1.0, offered, 0
         for i in range(most):
             reached *= alphas[i]
             tokens += reached
             cost = offered * (draft[i] + verify[i] + select) + (1 - offered) * step
             out.append(Prediction(i + 1, tokens, cost, tokens * step / cost))
+            falling = falling + 1 if i and out[i].speedup < out[i - 1].speedup else 0
+            if falling == 3:
+                break  # longer drafts only cost more
         return out
 
     @property
@@ -639,10 +670,10 @@ class Controller:
         """Plain steps that drafting has lost so far; negative when it has gained."""
         return self._spent / self._step - self._got
 
-    def _affordable(self, option: Prediction) -> bool:
+    def _affordable(self, option: Prediction, share: float = DRAFTS) -> bool:
         """Whether the account stays within its allowance even if no draft is accepted."""
         allowance = self.settings.max_loss * (self._upfront + self._emitted) / 2
-        return self._loss + option.cost / self._step - 1 <= allowance
+        return self._loss + option.cost / self._step - 1 <= share * allowance
 
     def _gain(self, best: Prediction) -> str:
         return f"{best.tokens:.2f} tokens for {best.cost / self._step:.2f} plain steps"
@@ -669,9 +700,11 @@ class Controller:
         self._skipped = [n + len(one.emitted) for n in self._skipped]
         self._skipped[index] = 0
         for other in self._arms:
-            other.fade()
-        arm.learn(drafted, one.accepted)
+            (other.fade if other is arm else other.forget)()
         arm.stale = 0
+        if arm.learn(drafted, one.accepted):
+            for other in self._arms:
+                other.doubt(self.DOUBT)
         if arm.rounds:  # the first selection is not like the others
             arm.selecting.append(one.seconds["select"])
         arm.rounds += 1

@@ -24,7 +24,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     import torch
 
     from bdlib.cache import KVCache, QueryLog
+    from bdlib.controllers import Controller
     from bdlib.corpora import Document
     from bdlib.decoding import Generation
     from bdlib.drafters import Drafter
@@ -59,6 +61,8 @@ FIELDS = {
     "budget": "entries kept per layer and KV head; null without a cache, context for policy full",
     "refresh": "rounds between selections; null: selected once, after the prompt",
     "gamma": "most tokens drafted in a round",
+    "controller": "whether a controller chose gamma anew for each round, 0 included",
+    "gammas": "rounds by the gamma asked for, as {gamma: rounds}",
     "context": "prompt and generated tokens together",
     "prompt_tokens": "tokens of the prompt",
     "new_tokens": "most tokens generated",
@@ -121,6 +125,7 @@ LARGEST = (
     "max_divergence_gap",
 )
 OWN = ("sample", "document", "offset", "stopped", "divergence_list", "drafter_prefill_seconds")
+OWN += ("gammas",)
 
 
 def _whole(name: str, value: object, least: int) -> None:
@@ -143,6 +148,9 @@ class MeasureSettings:
         n-gram lookup has no cache and ignores both.
     context
         Tokens of prompt and output together.
+    controller
+        Let a :class:`bdlib.controllers.Controller` choose the drafts of each round: ``gamma`` tokens at
+        most, or none. Each run begins with one that knows nothing.
     text
         What :func:`bdlib.corpora.load_texts` takes.
     samples
@@ -164,6 +172,7 @@ class MeasureSettings:
     budget: int = 256
     context: int = 2048
     gamma: int = 4
+    controller: bool = False
     text: str = "embedded:held-out"
     samples: int = 4
     new_tokens: int = 64
@@ -181,6 +190,8 @@ class MeasureSettings:
         for name in ("budget", "context", "gamma", "samples", "new_tokens", "repeats"):
             _whole(name, getattr(self, name), 1)
         _whole("seed", self.seed, 0)
+        if not isinstance(self.controller, bool):
+            raise ValueError(f"controller {self.controller!r} must be True or False")
         if self.refresh is not None:
             _whole("refresh", self.refresh, 1)
         if self.new_tokens >= self.context:
@@ -197,6 +208,12 @@ class MeasureSettings:
         from bdlib.sampling import Sampling
 
         return Sampling(self.temperature, self.top_k, self.top_p)
+
+    def make_controller(self) -> Controller | None:
+        """A controller that drafts up to ``gamma`` tokens, if these settings ask for one."""
+        from bdlib.controllers import Controller, ControllerSettings
+
+        return Controller(ControllerSettings(max_gamma=self.gamma)) if self.controller else None
 
     def make_policy(self) -> Policy:
         """The selection policy of these settings."""
@@ -238,7 +255,7 @@ class Report:
         cache = "" if a["policy"] is None else f", {a['policy']}, budget {a['budget']}"
         scaling = "" if a["scaling"] == "none" else f" ({a['scaling']})"
         rows = [
-            ("drafter", f"{a['drafter']}{cache}, gamma {a['gamma']}"),
+            ("drafter", f"{a['drafter']}{cache}, gamma {_gamma(a)}"),
             ("target", f"{a['pair']}, {a['dtype']}, context {a['context']}{scaling}"),
             ("samples", f"{a['samples']}: {a['tokens']} tokens in {a['rounds']} rounds"),
             ("acceptance", _show(a, "acceptance_rate")),
@@ -253,6 +270,10 @@ class Report:
             ("target's cache", f"{a['kv_bytes_target']:,} bytes"),
         ]
         return "\n".join(f"{name:<17} {value}" for name, value in rows)
+
+
+def _gamma(summary: Mapping[str, Any]) -> str:
+    return f"0 to {summary['gamma']}, chosen" if summary["controller"] else f"{summary['gamma']}"
 
 
 def _show(summary: Mapping[str, Any], key: str, digits: int = 3) -> str:
@@ -479,6 +500,7 @@ def _sample(
             who,
             cache=cache,
             gamma=settings.gamma,
+            controller=None if who is None else settings.make_controller(),
             max_new_tokens=settings.new_tokens,
             sampling=settings.sampling,
             stop_tokens=stops,
@@ -512,6 +534,7 @@ def _sample(
         "budget": None if policy is None else drafter.budget or settings.context,
         "refresh": getattr(drafter, "refresh", None),
         "prompt_tokens": len(prompt),
+        "gammas": _counts(r.gamma for r in result.rounds),
         "acceptance_rate": _number(result.acceptance_rate),
         "accepted_length": result.accepted_length,
         "by_position": by_position(result),
@@ -538,6 +561,10 @@ def _sample(
         "dtype": str(pair.dtype).removeprefix("torch."),
         "device": pair.device.type,
     }
+
+
+def _counts(gammas: Iterable[int]) -> dict[str, int]:
+    return {str(gamma): n for gamma, n in sorted(Counter(gammas).items())}
 
 
 def _agreement(
