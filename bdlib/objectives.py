@@ -77,6 +77,8 @@ class Branch:
         Per-position KL(p || q) ``[N]`` over the teacher's 32 best tokens, for :func:`hinge`.
     deeper
         Agreement of the later draft steps, for a drafter that was run several steps deep.
+    positions
+        Where the ``N`` positions stand in the window, ``[N]``; ``None`` if all views have the same ones.
     """
 
     loss: Tensor
@@ -84,6 +86,7 @@ class Branch:
     agreement: float
     kl: Tensor
     deeper: tuple[float, ...] = ()
+    positions: Tensor | None = None
 
 
 def branch(
@@ -153,8 +156,14 @@ def _kl(p: Tensor, log_q: Tensor, scored: Tensor) -> Tensor:
 
 
 def hinge(full: Branch, sparse: Branch) -> Tensor:
-    """L_B: mean of relu(KL_full - KL_sparse) over positions; tried by the paper, then switched off."""
-    return F.relu(full.kl - sparse.kl).mean()
+    """L_B: mean of relu(KL_full - KL_sparse) over positions; tried by the paper, then switched off.
+
+    The full view covers a run of positions, a sparse one some of them.
+    """
+    kl = full.kl
+    if full.positions is not None and sparse.positions is not None:
+        kl = kl[sparse.positions - full.positions[0]]
+    return F.relu(kl - sparse.kl).mean()
 
 
 @dataclass(frozen=True)

@@ -205,7 +205,9 @@ def branch_of_blocks(
         branches.append(branch(logits, part, loss, rows))
     first = branches[0]
     mean = torch.stack([b.loss for b in branches]).mean()
-    return replace(first, loss=mean, deeper=tuple(b.agreement for b in branches[1:]))
+    places = torch.cat([torch.arange(s, s + length) for s in starts]).to(first.kl.device)
+    deeper = tuple(b.agreement for b in branches[1:])
+    return replace(first, loss=mean, deeper=deeper, positions=places)
 
 
 def _frozen_prefix(

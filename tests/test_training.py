@@ -15,8 +15,10 @@ import torch
 from bdlib import models, teacher
 from bdlib.budgets import BudgetSampler, fixed
 from bdlib.objectives import Objective
+from bdlib.selection import make_policy
 from bdlib.training import Trainer, TrainSettings, window_loss, window_of
 from bdlib.transformer import Decoder, DecoderConfig
+from bdlib.views import View
 
 CONFIG = DecoderConfig(
     vocab_size=64,
@@ -73,6 +75,21 @@ def test_the_loss_falls(tmp_path, mode, loss):
     assert written == lines
     assert {view["budget"] for line in lines for view in line["views"]} == {24, 40}
     assert torch.equal(model.embedding, Decoder.random(CONFIG, seed=1).embedding)
+
+
+@pytest.mark.parametrize("mode", ["all", "continuation"])
+def test_the_hinge_compares_the_same_positions(tmp_path, mode):
+    """L_B of a view as large as the window is 0 where a view is that of the full cache."""
+    model, store = prepare(tmp_path)
+    settings = replace(SETTINGS, mode=mode, share=0.5, objective=Objective(weight=0.0, beta=1.0))
+    read = (store.tokens(0), store.target(0), settings)
+    for budget, same in ((200, True), (16, False)):
+        views = [View(budget, make_policy("sink_window"))]
+        loss, full, sparse = window_loss(model, *read, views, "s")
+        kl = full.kl[sparse[0].positions - full.positions[0]]
+        assert torch.allclose(kl, sparse[0].kl, atol=1e-5) is same
+        assert torch.allclose(loss - full.loss, (kl - sparse[0].kl).relu().mean(), atol=1e-6)
+        assert loss.requires_grad
 
 
 def test_the_prefix_is_trained_in_all_mode_only(tmp_path):
