@@ -409,8 +409,10 @@ def sweep(
 
 @app.command()
 def figure(
-    name: Annotated[str, typer.Argument(help="headline")],
-    out: Annotated[Path | None, typer.Option(help="PNG; beside the results if unset.")] = None,
+    name: Annotated[str, typer.Argument(help="headline, or acceptance: those of lesson 07")],
+    out: Annotated[
+        Path | None, typer.Option(help="PNG, or a folder of them; beside the results if unset.")
+    ] = None,
 ) -> None:
     """Draw a figure again from the archived results."""
     import json
@@ -419,8 +421,8 @@ def figure(
 
     from bdlib import assets, figures
 
-    if name != "headline":
-        raise ValueError(f"unknown figure {name!r}; allowed: headline")
+    if name not in ("headline", "acceptance"):
+        raise ValueError(f"unknown figure {name!r}; allowed: headline, acceptance")
     root = assets.checkout()
     if root is None:
         raise ValueError(
@@ -428,6 +430,19 @@ def figure(
         )
     matplotlib.use("Agg")
     folder = root / "data" / "results"
+    if name == "acceptance":
+        from bdlib import sweeps
+
+        folder = folder / name
+        rows = sweeps.load(folder / "results.csv")
+        about = json.loads((folder / "results.json").read_text(encoding="utf8"))
+        figures.use_style()
+        out = out or folder
+        out.mkdir(parents=True, exist_ok=True)
+        for key, drawn in figures.acceptance(rows, about).items():
+            drawn.savefig(out / f"{key}.png", dpi=110, format="png", metadata={"Software": None})
+            typer.echo(f"wrote {key}.png")
+        return
     paths = sorted(folder.glob("agreement_4096_*.json"))
     if not paths:
         raise ValueError(f"no agreement_4096_*.json among the archived results in {folder.name}")

@@ -439,7 +439,7 @@ def kept_map(rows: Sequence[Mapping[str, Any]]) -> tuple[Figure, Sequence[Axes]]
         grids.append(grid)
     least = min((float(np.nanmin(g)) for g in grids if not np.isnan(g).all()), default=1.0)
     most = max((float(np.nanmax(g)) for g in grids if not np.isnan(g).all()), default=1.0)
-    low, high = min(0.8, least), max(1.05, most)
+    low, high = max(0.5, min(0.8, least)), min(1.3, max(1.05, most))
     columns = min(3, len(drafters))
     lines_ = -(-len(drafters) // columns)
     size = (1.5 + columns * (1.2 + 0.62 * len(contexts)), 1.3 + lines_ * (1 + 0.42 * len(budgets)))
@@ -459,3 +459,36 @@ def kept_map(rows: Sequence[Mapping[str, Any]]) -> tuple[Figure, Sequence[Axes]]
         ax.set(xlabel="context (tokens)", ylabel="budget (entries)")
     fig.colorbar(image, ax=axes, label="of the full cache's agreement")
     return fig, axes.flat[: len(drafters)]
+
+
+def acceptance(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> dict[str, Figure]:
+    """Lesson 07's figures of a teacher-forced sweep, by name: what ``bdlib figure acceptance`` draws.
+
+    Texts that come with the collection and the target as its own drafter are left out, as there.
+    """
+    kept = [
+        row
+        for row in rows
+        if row["regime"] == "teacher-forced"
+        and not row["text"].startswith("embedded:")
+        and row["drafter"] != "self"
+    ]
+    policies = {row["policy"] for row in kept} - {"full"}
+    if not policies:
+        raise ValueError("these results hold no teacher-forced agreement on a sparse cache")
+    policy = min(policies, key=lambda name: (name != "chunk_topk_recent", name))
+    kept = [row for row in kept if row["policy"] in (policy, "full")]
+    budgets = {row["budget"] for row in kept} - {None}
+    budget = 256 if 256 in budgets else min(budgets)
+    found = {}
+    for context in sorted({row["context"] for row in kept}):
+        here = [row for row in kept if row["context"] == context]
+        fig, _ = agreement_panels(here, "budget")
+        caption(fig, f"{context:,} tokens, {policy}. {swept(about, here)}")
+        found[f"budget_{context}"] = fig
+    here = [row for row in kept if row["budget"] in (budget, None)]
+    found["context"], _ = agreement_panels(here, "context", stretched=8192)
+    caption(found["context"], f"Solid: {budget} entries, {policy}. {swept(about, here)}")
+    found["kept"], _ = kept_map(kept)
+    caption(found["kept"], f"{policy}; mean of the kinds. {swept(about, kept, bars=False)}")
+    return found

@@ -90,12 +90,7 @@ def test_every_mistake_gives_another_number():
     records, cell = exercises._budget_records(), exercises.BUDGET_CELL
     wrong = dict(exercises._budget_mistakes(records, cell))
     values = [right(records, cell), *wrong.values()]
-    close = {
-        (a, b)
-        for i, a in enumerate(values)
-        for b in values[i + 1 :]
-        if abs(a - b) < 1e-6
-    }
+    close = {(a, b) for i, a in enumerate(values) for b in values[i + 1 :] if abs(a - b) < 1e-6}
     assert not close
 
 
