@@ -1762,3 +1762,114 @@ def check_budget_share(
         return Verdict(False, f"right on made-up windows; here {type(error).__name__}: {error}")
     place = f"{cell['drafter']}, {cell['text']}, {cell['budget']} of {cell['context']:,}"
     return Verdict(True, f"{place}: {found:+.1%} of the misses are the budget's")
+
+
+# -------------------------------------------------------------------- lesson 08
+
+# gamma, c (a drafted token) and v (the verification), in plain steps; the last two never pay.
+BREAK_EVEN_CASES = (
+    (1, 0.125, 1.05),
+    (2, 0.125, 1.1),
+    (4, 0.125, 1.15),
+    (8, 0.05, 1.3),
+    (4, 0.4, 1.2),
+    (3, 0.0, 1.0),
+    (4, 1.1, 1.2),
+    (1, 0.5, 1.7),
+)
+
+
+def _least(tokens: Callable[[float, int], float], gamma: int, cost: float) -> float | None:
+    """The least acceptance at which a round gives as many tokens as it costs steps."""
+    if tokens(1.0, gamma) < cost - 1e-12:
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        middle = (low + high) / 2
+        low, high = (low, middle) if tokens(middle, gamma) >= cost else (middle, high)
+    return high
+
+
+def _series(a: float, gamma: int) -> float:
+    return sum(a**k for k in range(gamma + 1))
+
+
+_BREAK_EVEN_MISTAKES: dict[str, Callable[[int, float, float], float | None]] = {
+    "verifying is not free of charge beyond a plain step: use v": lambda g, c, v: _least(
+        _series, g, g * c + 1
+    ),
+    "every drafted token costs c, so a round of gamma costs gamma times as much": lambda g, c, v: (
+        _least(_series, g, c + v)
+    ),
+    "1 + gamma a counts drafts behind a rejected one; they are thrown away": lambda g, c, v: _least(
+        lambda a, n: 1 + n * a, g, g * c + v
+    ),
+    "the target's own token is missing: a round gives one even if every draft is rejected": (
+        lambda g, c, v: _least(lambda a, n: _series(a, n) - 1, g, g * c + v)
+    ),
+    "that is right for gamma 1 alone; a longer draft gives a + a^2 + ... and costs gamma c": (
+        lambda g, c, v: c + v - 1
+    ),
+    "the draft itself is left out: it costs gamma c on top of the verification": (
+        lambda g, c, v: _least(_series, g, v)
+    ),
+}
+
+
+def check_break_even(
+    break_even: Callable[[int, float, float], float | None] | None, tolerance: float = 1e-3
+) -> Verdict:
+    """Check ``break_even(gamma, c, v)``: the acceptance from which on drafting pays.
+
+    It is to return a number, or the word ``"never"`` where drafting does not pay even if every draft
+    is accepted. (``None`` is an exercise that was not attempted.)
+    """
+    if break_even is None:
+        return TODO
+    given: list[Any] = []
+    for gamma, c, v in BREAK_EVEN_CASES:
+        try:
+            given.append(break_even(gamma, c, v))
+        except Exception as error:  # whatever the student's code raises
+            at = f"break_even({gamma}, {c}, {v})"
+            return Verdict(False, f"{at} raises {type(error).__name__}: {error}")
+    if all(answer is None for answer in given):
+        return TODO
+    for answer, case in zip(given, BREAK_EVEN_CASES, strict=True):
+        number = isinstance(answer, int | float) and not isinstance(answer, bool)
+        if answer != "never" and not number:
+            return Verdict(
+                False, f"break_even{case} returns {answer!r}; return a number, or 'never'"
+            )
+
+    def agree(answer: Any, wanted: float | None) -> bool:
+        if wanted is None or answer == "never":
+            return wanted is None and answer == "never"
+        return abs(answer - wanted) <= tolerance
+
+    wanted = [_least(_series, gamma, gamma * c + v) for gamma, c, v in BREAK_EVEN_CASES]
+    wrong = [i for i, (a, w) in enumerate(zip(given, wanted, strict=True)) if not agree(a, w)]
+    if not wrong:
+        return Verdict(True, f"all {len(wanted)} cases, to {tolerance:g}")
+    # Where drafting never pays a mistake may show any number: compare the other cases.
+    pays = [i for i, w in enumerate(wanted) if w is not None]
+    if not set(wrong) & set(pays):
+        case = BREAK_EVEN_CASES[wrong[0]]
+        return Verdict(
+            False,
+            f"break_even{case} is {given[wrong[0]]!r}, yet a round costs more than the"
+            f" {case[0] + 1} tokens it can give at most: return 'never'",
+        )
+    for complaint, mistake in _BREAK_EVEN_MISTAKES.items():
+        if all(agree(given[i], mistake(*BREAK_EVEN_CASES[i])) for i in pays):
+            return Verdict(False, complaint)
+    i = next(i for i in wrong if i in pays)
+    gamma, c, v = BREAK_EVEN_CASES[i]
+    answer = given[i]
+    if isinstance(answer, str) or not 0 <= answer <= 1:
+        return Verdict(False, f"break_even{(gamma, c, v)} is {answer!r}: no acceptance in 0 to 1")
+    return Verdict(
+        False,
+        f"break_even{(gamma, c, v)} is {answer:.3f}; at that acceptance a round gives"
+        f" {_series(answer, gamma):.3f} tokens and costs {gamma * c + v:.3f} steps: make them equal",
+    )
