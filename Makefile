@@ -63,8 +63,9 @@ lab: fetch ## Open the lessons in JupyterLab
 		$(notdir $(wildcard notebooks/00_start_here.ipynb))
 
 dashboard: fetch ## Serve the instructor's dashboard as a page of its own
-	@echo "==> the dashboard; it opens after its first run (half a minute); stop it with Ctrl-C"
-	@"$(BIN)/voila" $(DASHBOARD) --theme=light $(VOILA_OPTIONS)
+	@echo "==> the dashboard; it fills up within seconds; stop it with Ctrl-C"
+	@"$(BIN)/voila" $(DASHBOARD) --theme=light --progressive_rendering=True \
+		--VoilaExecutor.skip_cells_with_tag=live-run $(VOILA_OPTIONS)
 
 test: fetch ## Run all tests and every notebook, offline
 	@echo "==> tests, then every notebook (nbval and papermill)"

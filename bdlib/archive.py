@@ -240,7 +240,8 @@ class Costs:
         """Speed over plain decoding if reading bytes were all that takes time.
 
         ``tokens`` is the expected number a round. One verification then costs one plain step, and a
-        draft step the ratio of the two models' bytes: a bound that a real machine stays below.
+        draft step the ratio of the two models' bytes. An estimate: real steps cost more than bytes,
+        a small model's most of all, because starting work costs the same for any size.
         """
         step = self.target_weights + self.target_entry * context
         draft = self.drafter_weights + self.drafter_kv(budget, context)

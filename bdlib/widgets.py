@@ -6,7 +6,7 @@ now* decodes with the real model in a thread of its own: the kernel stays respon
 round by round, and *Cancel* stops it within one forward pass.
 
 Contract: :class:`Dashboard` is what a lesson shows; :class:`Engine` runs a setting without any widget.
-Speeds named *bound* follow from bytes alone; measured ones are of one run on this machine.
+Speeds *from bytes* are estimates; measured ones are of one run on this machine.
 """
 
 from __future__ import annotations
@@ -33,12 +33,17 @@ POLICIES = ("chunk_topk_recent", "sink_window", "chunk_topk", "snapkv", "heavy_h
 TEMPERATURES = (0.0, 0.7, 1.0)
 GAMMAS = tuple(range(1, 13))
 UNTRAINED = {"the target itself": "self", "n-gram lookup": "ngram", "none: plain decoding": "plain"}
+PROMPTS = {"live: continue a novel": "continue", "live: summarise": "summarise"}
 NEW_TOKENS = 48
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What the controls say. A ``budget`` of ``None`` is the full cache."""
+    """What the controls say.
+
+    A ``budget`` of ``None`` is the full cache. ``text`` is the archive's kind of text, ``prompt`` what
+    a live run is asked for: to ``"continue"`` a novel or to ``"summarise"`` a passage of it.
+    """
 
     drafter: str = "budgetdraft-feature"
     policy: str = "chunk_topk_recent"
@@ -47,6 +52,7 @@ class Settings:
     context: int = 4096
     temperature: float = 0.0
     text: str = "books"
+    prompt: str = "continue"
 
 
 @dataclass(frozen=True)
@@ -63,29 +69,30 @@ LECTURE = (
     Preset(
         "1 Plain decoding",
         5,
-        Settings("plain", context=512, budget=None),
+        Settings("plain", context=512, budget=None, prompt="summarise"),
         "Run it. One pass of the model, one token: watch how slowly the text comes. Ask: what does"
         " the processor do all that time? (It reads weights.)",
     ),
     Preset(
         "2 Draft and verify",
         8,
-        Settings("self", context=512),
+        Settings("self", context=512, prompt="summarise"),
         "Run it. The target drafts for itself on a budget of 256. Green is accepted, red is thrown"
         " away, blue is the bonus. Ask: why is the text the same as before? Why is it not faster?",
     ),
     Preset(
         "3 Free guesses",
         5,
-        Settings("ngram", context=512),
+        Settings("ngram", context=512, prompt="summarise"),
         "Run it. Lookup costs nothing and guesses seldom. Ask: on which text would it win?",
     ),
     Preset(
         "4 A trained drafter",
         8,
-        Settings(context=1024),
-        "Run it. A model of one layer, trained to say what the target says. Compare the tokens a"
-        " round and the time with steps 2 and 3.",
+        Settings(context=1024, temperature=1.0),
+        "Run it, twice: it samples, on from a novel, so the text differs. A small model, trained to"
+        " say what the target says; a draft is accepted with probability min(1, p/q). Compare the"
+        " tokens a round and the speed with steps 2 and 3.",
     ),
     Preset(
         "5 Squeeze the budget",
@@ -109,12 +116,11 @@ LECTURE = (
         " training? Acceptance belongs to a text as much as to a drafter.",
     ),
     Preset(
-        "8 Sampling",
+        "8 Another request",
         5,
-        Settings(temperature=1.0),
-        "Temperature 1: a draft is accepted with probability min(1, p/q), so the overlap of the two"
-        " distributions counts and not only the favourite. Run it twice: the text differs, the"
-        " rule does not.",
+        Settings(context=1024, prompt="summarise"),
+        "The same drafter, asked for a summary, greedily. Ask first: will it be accepted more often"
+        " than in step 4, and why? Run it. Then change one thing at a time: prompt, temperature.",
     ),
 )
 
@@ -177,7 +183,7 @@ def chart(
     level
         A dashed horizontal line: height and name.
     """
-    width, height, left, right, up, down = 520, 300, 44, 12, 46, 62
+    width, height, left, right, up, down = 520, 262, 44, 12, 46, 60
     span = width - left - right
 
     def at(column: float) -> float:
@@ -206,7 +212,13 @@ def chart(
         )
         parts.append(_text(width - right, y - 4, level[1], 'text-anchor="end" font-size="11"'))
     legend = left
-    for number, (name, line) in enumerate(lines.items()):
+    for number, name in enumerate(lines):
+        color = figures.CYCLE[number % len(figures.CYCLE)]
+        parts.append(_marker(number, legend + 5, 31, 4, color))
+        parts.append(_text(legend + 14, 35, name, 'font-size="11"'))
+        legend += 26 + 6.4 * len(name)
+    # The strong one last: it lies on top where lines meet.
+    for number, line in sorted(enumerate(lines.values()), key=lambda one: one[1].strong):
         color = figures.CYCLE[number % len(figures.CYCLE)]
         weight = 2.6 if line.strong else 1.3
         path, pen = "", "M"
@@ -228,9 +240,6 @@ def chart(
             if value is not None:
                 size = 4 if line.strong else 3
                 parts.append(_marker(number, at(column), to(value), size, color))
-        parts.append(_marker(number, legend + 5, 31, 4, color))
-        parts.append(_text(legend + 14, 35, name, 'font-size="11"'))
-        legend += 26 + 6.4 * len(name)
     if chosen is not None and chosen[0] in lines:
         value = lines[chosen[0]].values[chosen[1]]
         if value is not None:
@@ -365,7 +374,7 @@ class Engine:
         self._load = load
         self._pairs: dict[bool, Pair] = {}
         self._models: dict[tuple[bool, str], Any] = {}
-        self._plain: dict[tuple, tuple[float, list[int]]] = {}
+        self._plain: dict[tuple[Any, ...], tuple[float, list[int]]] = {}
         self._seed = 0
 
     def pair(self, context: int = 0) -> Pair:
@@ -405,7 +414,7 @@ class Engine:
         say("loading the model")
         pair = self.pair(settings.context)
         check()
-        prompt = self._prompt(pair, settings.context)
+        prompt = self._prompt(pair, settings)
         drafter = self._drafter(pair, settings, check)
         read = 0
 
@@ -431,7 +440,7 @@ class Engine:
         generator = torch.Generator(pair.device).manual_seed(self._seed)
         self._seed += 1
 
-        key = settings.context, settings.temperature
+        key = settings.context, settings.temperature, settings.prompt
         if key not in self._plain or settings.drafter == "plain":
             say("plain decoding, to compare with" if drafter is not None else "decoding")
             plain = decoding.Generation(len(prompt), settings.gamma)
@@ -460,13 +469,14 @@ class Engine:
             show(live)
         return live
 
-    def _prompt(self, pair: Pair, context: int) -> Any:
+    def _prompt(self, pair: Pair, settings: Settings) -> Any:
         from bdlib import corpora
 
         book = corpora.embedded("held-out")[-1]
-        tokens = context - self.new_tokens
+        tokens = settings.context - self.new_tokens
         offset = 11_689 if book.name == "doyle-sherlock" else 0  # where a story of it begins
-        return corpora.chat_request(pair.tokenizer, book, tokens, offset=offset).to(pair.device)
+        cut = corpora.chat_request if settings.prompt == "summarise" else corpora.window
+        return cut(pair.tokenizer, book, tokens, offset=offset).to(pair.device)
 
     def _drafter(self, pair: Pair, settings: Settings, check: Callable[[int], None]) -> Any:
         from bdlib import models
@@ -556,8 +566,8 @@ class Dashboard:
         trained = [
             name for name in self.archive.values("drafter") if name not in UNTRAINED.values()
         ]
-        wide = ipw.Layout(width="330px")
-        style = {"description_width": "90px"}
+        wide = ipw.Layout(width="310px")
+        style = {"description_width": "84px"}
 
         def slider(name: str, values: Sequence[Any], shown: Callable[[Any], str], at: Any) -> Any:
             made = ipw.SelectionSlider(
@@ -591,6 +601,7 @@ class Dashboard:
             "drafter": choice("drafter", drafters, first),
             "policy": choice("policy", list(POLICIES), start.policy),
             "text": choice("text", texts, start.text if start.text in texts else texts[0]),
+            "prompt": choice("prompt", list(PROMPTS.items()), start.prompt),
         }
         for control in self.controls.values():
             control.observe(lambda change: None if self._quiet else self._redraw(), "value")
@@ -605,9 +616,9 @@ class Dashboard:
         self.step.add_class("bd-step")
         self.step.observe(self._take_step, "value")
         self.run_button = ipw.Button(
-            description="Run it now", icon="play", button_style="primary", tooltip="The real model"
+            description="▶ Run it now", button_style="primary", tooltip="The real model"
         )
-        self.cancel_button = ipw.Button(description="Cancel", icon="stop", disabled=True)
+        self.cancel_button = ipw.Button(description="■ Cancel", disabled=True)
         self.run_button.add_class("bd-run")
         self.cancel_button.add_class("bd-cancel")
         self.run_button.on_click(lambda button: self.run())
@@ -629,7 +640,7 @@ class Dashboard:
             widget.add_class(f"bd-html-{name}")
         self.html["status"].value = "<i>nothing has run yet</i>"
         for name in ("left", "right"):
-            self.html[name].layout = ipw.Layout(width="520px")
+            self.html[name].layout = ipw.Layout(width="49%", min_width="400px")
         row = ipw.Layout(flex_flow="row wrap")
         self.view = ipw.VBox(
             [
@@ -688,7 +699,7 @@ class Dashboard:
 
     def _numbers(self, s: Settings, at: int | None, found: archives.Measurement | None) -> str:
         costs = None if s.drafter == "plain" else self._bytes(s.drafter)
-        accepted, tokens, bound, memory = "not archived", "-", "-", "-"
+        accepted, tokens, estimate, memory = "not archived", "-", "-", "-"
         more, measured = "run it now to measure it", f"at context {s.context:,}"
         if found is not None:
             accepted = f"{found.acceptance:.1%}"
@@ -697,7 +708,7 @@ class Dashboard:
             expected = found.tokens_per_round(s.gamma)
             tokens = f"{expected:.2f}"
             if costs is not None:
-                bound = f"{costs.speedup(expected, s.gamma, s.budget, s.context):.2f}x"
+                estimate = f"{costs.speedup(expected, s.gamma, s.budget, s.context):.2f}x"
             if found.speedup is not None:
                 measured = f"measured and archived: {found.speedup:.2f}x at {found.context:,}"
         if costs is not None:
@@ -707,7 +718,7 @@ class Dashboard:
             [
                 ("acceptance", "acceptance (archive)", accepted, more),
                 ("tokens", "tokens a round", tokens, f"expected, gamma {s.gamma}"),
-                ("speed", "speed-up, bound from bytes", bound, measured),
+                ("speed", "speed-up, from bytes", estimate, measured),
                 ("memory", "the drafter's cache", memory, full),
             ]
         )
@@ -749,14 +760,16 @@ class Dashboard:
             tokens = [m and m.tokens_per_round(g) for m, g in zip(found, GAMMAS, strict=True)]
             lines["tokens a round"] = Line(tokens)
             if costs is not None:
-                bound = [
+                estimate = [
                     t and costs.speedup(t, g, s.budget, s.context)
                     for t, g in zip(tokens, GAMMAS, strict=True)
                 ]
-                lines["speed-up, bound from bytes"] = Line(bound, strong=True)
+                lines["speed-up, from bytes"] = Line(estimate, strong=True)
         most = max([2.0, *(v for line in lines.values() for v in line.values if v)])
-        best = lines.get("speed-up, bound from bytes")
-        note = "Bound: a draft step costs the ratio of bytes read, a verification one plain step."
+        best = lines.get("speed-up, from bytes")
+        note = (
+            "Estimate: a draft step costs the ratio of bytes read, a verification one plain step."
+        )
         if best is not None:
             at_best = max(range(len(GAMMAS)), key=lambda i: best.values[i] or 0)
             note = f"{note[:-1]}; best gamma {GAMMAS[at_best]}."
@@ -766,7 +779,7 @@ class Dashboard:
             lines,
             xlabel="gamma (tokens drafted a round)",
             top=2.0 * -(-most // 2),
-            chosen=("speed-up, bound from bytes", GAMMAS.index(s.gamma)),
+            chosen=("speed-up, from bytes", GAMMAS.index(s.gamma)),
             level=(1.0, "plain decoding"),
             note=note,
         )

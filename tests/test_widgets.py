@@ -106,7 +106,7 @@ def test_table_of_something_else_is_named(tmp_path):
         Archive.read([path])
 
 
-def test_bound_on_speed_counts_bytes():
+def test_speed_from_bytes():
     costs = Costs(target_weights=1000, target_entry=1, drafter_weights=90, drafter_entry=1)
     # A draft step reads 90 + 10 bytes, a plain step 1000 + 0: a tenth each, four of them.
     assert costs.speedup(2.8, gamma=4, budget=10, context=0) == pytest.approx(2.8 / 1.36)
@@ -267,8 +267,8 @@ class Words:
 
 
 class TinyEngine(Engine):
-    def _prompt(self, pair, context):
-        return tiny.text(context - self.new_tokens)
+    def _prompt(self, pair, settings):
+        return tiny.text(settings.context - self.new_tokens)
 
 
 @pytest.fixture
