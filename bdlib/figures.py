@@ -308,7 +308,7 @@ def agreement_by_budget(
 
 # ------------------------------------------------------------- sweeps (rows of bdlib.sweeps.load)
 
-DRAFTER_LABELS = {"self": "target itself", "full-only": "trained on the full view only"}
+DRAFTER_LABELS = {"self": "target itself", "full-only": "full view only"}
 
 
 def swept(about: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], bars: bool = True) -> str:
@@ -348,7 +348,7 @@ def agreement_panels(
     texts = list(dict.fromkeys(row["text"] for row in rows))
     names = list(dict.fromkeys(r[by] for r in rows if by != "policy" or not full(r)))
     ticks = sorted({row[across] for row in rows}, key=lambda v: (v is None, v))
-    width = min(11.0, 4.6 + 2.9 * (len(texts) - 1))
+    width = min(11.0, 4.8 + 2.2 * len(texts))
     fig, axes = plt.subplots(1, len(texts), figsize=(width, 4.1), sharey=True, squeeze=False)
     for ax, text in zip(axes[0], texts, strict=True):
         here = [row for row in rows if row["text"] == text]
@@ -379,7 +379,7 @@ def agreement_panels(
     found = {}
     for ax in axes[0]:
         found |= {label: handle for handle, label in zip(*_handles(ax), strict=True)}
-    columns = 2 if len(texts) == 1 else 4 if len(texts) > 2 else 3
+    columns = min(4, 1 + len(texts))
     fig.legend(found.values(), found.keys(), loc="outside upper left", ncols=columns, fontsize=9)
     return fig, axes[0]
 
@@ -442,7 +442,7 @@ def kept_map(rows: Sequence[Mapping[str, Any]]) -> tuple[Figure, Sequence[Axes]]
     low, high = max(0.5, min(0.8, least)), min(1.3, max(1.05, most))
     columns = min(3, len(drafters))
     lines_ = -(-len(drafters) // columns)
-    size = (1.5 + columns * (1.2 + 0.62 * len(contexts)), 1.3 + lines_ * (1 + 0.42 * len(budgets)))
+    size = (max(6.8, 1.5 + columns * (1.2 + 0.62 * len(contexts))), 1.3 + lines_ * (1 + 0.42 * len(budgets)))
     fig, axes = plt.subplots(lines_, columns, figsize=size, squeeze=False)
     for ax in axes.flat[len(drafters) :]:
         ax.set_axis_off()
@@ -457,7 +457,7 @@ def kept_map(rows: Sequence[Mapping[str, Any]]) -> tuple[Figure, Sequence[Axes]]
         ax.grid(False)
         ax.set_title(DRAFTER_LABELS.get(drafter, drafter), fontsize=10.5)
         ax.set(xlabel="context (tokens)", ylabel="budget (entries)")
-    fig.colorbar(image, ax=axes, label="of the full cache's agreement")
+    fig.colorbar(image, ax=axes, label="over the full cache")
     return fig, axes.flat[: len(drafters)]
 
 
@@ -484,11 +484,11 @@ def acceptance(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> d
     for context in sorted({row["context"] for row in kept}):
         here = [row for row in kept if row["context"] == context]
         fig, _ = agreement_panels(here, "budget")
-        caption(fig, f"{context:,} tokens, {policy}. {swept(about, here)}")
+        caption(fig, f"{context:,} tokens, {policy}.\n{swept(about, here)}")
         found[f"budget_{context}"] = fig
     here = [row for row in kept if row["budget"] in (budget, None)]
     found["context"], _ = agreement_panels(here, "context", stretched=8192)
-    caption(found["context"], f"Solid: {budget} entries, {policy}. {swept(about, here)}")
+    caption(found["context"], f"Solid: {budget} entries, {policy}.\n{swept(about, here)}")
     found["kept"], _ = kept_map(kept)
-    caption(found["kept"], f"{policy}; mean of the kinds. {swept(about, kept, bars=False)}")
+    caption(found["kept"], f"{policy}; mean of the kinds.\n{swept(about, kept, bars=False)}")
     return found
