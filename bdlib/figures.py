@@ -442,7 +442,10 @@ def kept_map(rows: Sequence[Mapping[str, Any]]) -> tuple[Figure, Sequence[Axes]]
     low, high = max(0.5, min(0.8, least)), min(1.3, max(1.05, most))
     columns = min(3, len(drafters))
     lines_ = -(-len(drafters) // columns)
-    size = (max(6.8, 1.5 + columns * (1.2 + 0.62 * len(contexts))), 1.3 + lines_ * (1 + 0.42 * len(budgets)))
+    size = (
+        max(6.8, 1.5 + columns * (1.2 + 0.62 * len(contexts))),
+        1.3 + lines_ * (1 + 0.42 * len(budgets)),
+    )
     fig, axes = plt.subplots(lines_, columns, figsize=size, squeeze=False)
     for ax in axes.flat[len(drafters) :]:
         ax.set_axis_off()
