@@ -374,7 +374,9 @@ def agreement_panels(
         ax.set_xticks(range(len(ticks)), [_tick(across, tick) for tick in ticks])
         ax.set_xlim(-0.5, len(ticks) - 0.5)
         unit = {"budget": "budget (entries)", "context": "context (tokens)"}
-        ax.set(title=text, xlabel=unit.get(across, across), ylim=(0, None) if ngram else None)
+        ax.set(title=text, xlabel=unit.get(across, across))
+    if ngram:
+        axes[0][0].set_ylim(0, 1.06 * max(ax.dataLim.y1 for ax in axes[0]))  # they share it
     axes[0][0].set_ylabel("top-1 agreement with the target")
     found = {}
     for ax in axes[0]:
@@ -439,7 +441,7 @@ def kept_map(rows: Sequence[Mapping[str, Any]]) -> tuple[Figure, Sequence[Axes]]
         grids.append(grid)
     least = min((float(np.nanmin(g)) for g in grids if not np.isnan(g).all()), default=1.0)
     most = max((float(np.nanmax(g)) for g in grids if not np.isnan(g).all()), default=1.0)
-    low, high = max(0.5, min(0.8, least)), min(1.3, max(1.05, most))
+    low, high = max(0.5, min(0.8, least)), min(1.1, max(1.05, most))
     columns = min(3, len(drafters))
     lines_ = -(-len(drafters) // columns)
     size = (

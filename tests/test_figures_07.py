@@ -58,6 +58,13 @@ def test_a_panel_a_text_and_the_full_cache_dashed_along_contexts():
     assert "YaRN x2" in axes[0].get_legend_handles_labels()[1]
 
 
+def test_every_point_is_inside_the_shared_axis():
+    rows = [row(0.2), full(0.25), row(0.8, text="meetings"), full(0.9, text="meetings")]
+    _, axes = figures.agreement_panels(rows, "budget")
+    assert axes[0].get_ylim()[0] == 0
+    assert axes[0].get_ylim()[1] > 0.95  # the bar of 0.9 ends there
+
+
 def test_map_averages_texts_and_leaves_incomplete_cells_empty():
     rows = [row(0.4), full(0.5), row(0.3, text="meetings"), full(0.3, text="meetings")]
     rows += [row(0.9, budget=128), row(0.9, budget=2048), full(0.5, context=4096)]
