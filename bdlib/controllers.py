@@ -33,7 +33,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import median
@@ -211,7 +211,8 @@ def measured_costs(plain: Sequence[Round], drafting: Sequence[Round]) -> Costs:
     """Costs in seconds from the rounds of two runs, one plain and one with a fixed ``gamma``.
 
     Medians of what each round needs; the mean of ``select``, which some rounds need and others not.
-    The first round of each run (which sets things up) is left out where there are others.
+    The first round of each run (which sets things up) is left out where there are others, and so are
+    lengths that fewer than a tenth of the rounds have: drafts cut short by the end of the text.
 
     Raises
     ------
@@ -223,7 +224,10 @@ def measured_costs(plain: Sequence[Round], drafting: Sequence[Round]) -> Costs:
         raise ValueError("costs need a plain run, and a run that drafted")
     draft: dict[int, list[float]] = {}
     verify: dict[int, list[float]] = {}
+    usual = Counter(len(r.drafted) for r in used)
     for one in used:
+        if 10 * usual[len(one.drafted)] < len(used):
+            continue
         draft.setdefault(len(one.drafted), []).append(one.seconds["draft"])
         verify.setdefault(len(one.drafted) + 1, []).append(one.seconds["verify"])
     return Costs(
