@@ -699,6 +699,9 @@ class Controller:
             self._since_plain = 0
             self._learn_plain(seconds)
             return
+        # A pass that takes longer than token by token was disturbed by something else: a cap on it.
+        draft = min(one.seconds["draft"], max(1, drafted) * self._step)
+        verify = min(one.seconds["verify"], (drafted + 1) * self._step)
         index = self._choice.arm
         arm, late = self._arms[index], self._skipped[index] > 2
         self._skipped = [n + len(one.emitted) for n in self._skipped]
@@ -715,13 +718,13 @@ class Controller:
         if drafted:
             self._since_plain += 1
             self._streak += 1
-            self._verify.add(drafted + 1, one.seconds["verify"])
+            self._verify.add(drafted + 1, verify)
             if not late or not arm.draft:  # catching up is not part of a usual draft
-                arm.draft.add(drafted, one.seconds["draft"])
+                arm.draft.add(drafted, draft)
         else:  # it had nothing to propose
             self._since_plain = 0
             self._learn_plain(one.seconds["verify"])
-        self._spent += seconds
+        self._spent += draft + verify + one.seconds["select"]
         self._got += len(one.emitted)
         self._surprise = self._off and one.accepted > 0
 

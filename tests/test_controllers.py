@@ -512,3 +512,20 @@ def test_growing_waits_between_probes():
     gaps = [b - a for a, b in pairwise(probes)]
     assert gaps == sorted(gaps)
     assert 40 <= gaps[-1] <= 60
+
+
+def test_a_disturbed_round_does_not_end_drafting():
+    """Something else took the processor during the second round: forty steps for a draft of one."""
+    controller = Controller()
+    controller.start(["model"], 200)
+    gammas = []
+    for i in range(60):
+        gamma = controller.choose(200 - 2 * i).gamma
+        gammas.append(gamma)
+        took = PLAIN * (40 if i == 1 else 1 + 0.05 * gamma)
+        parts = {"prefill": 0.0, "draft": 0.1 * gamma * PLAIN, "select": 0.0, "verify": took}
+        kind = "bonus" if gamma else "plain"
+        emitted = (0,) * (gamma + 1)
+        controller.record(Round(i, (0,) * gamma, gamma, emitted, kind, parts, gamma=gamma))
+    assert gammas[1] == 1
+    assert min(gammas[25:]) > 2
