@@ -808,7 +808,7 @@ def training(sizes: Sizes, seed: int) -> Iterator[dict[str, Any]]:
 def _trained(
     sizes, pair: Pair, windows, kind: str, folder: Path, how: str, seed: int
 ) -> list[dict]:
-    recipe = recipes.get("budgetdraft-feature" if kind == "feature" else "budgetdraft")
+    recipe = recipes.get("budgetdraft-feature-novels" if kind == "feature" else "budgetdraft")
     toy = sizes.device == "cpu"
     taps = recipe.taps if kind == "feature" else ()
     kept = teacher.TeacherSettings(recipe.top, taps)

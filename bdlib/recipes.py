@@ -137,13 +137,13 @@ RECIPES: dict[str, Recipe] = {
             replace(_STANDALONE, objective=Objective("ce", "ce", 1.0)),
         ),
         Recipe(
-            "budgetdraft-feature",
+            "budgetdraft-feature-novels",
             "One layer on the target's states, trained over three draft steps at sampled budgets.",
             _FEATURE,
             kind="feature",
         ),
         Recipe(
-            "budgetdraft-feature-chat",
+            "budgetdraft-feature",
             "The feature-conditioned drafter, trained on with transcripts and the target's own text.",
             replace(_FEATURE, steps=2000, warmup=30, lr=1e-3),
             kind="feature",
@@ -155,11 +155,11 @@ RECIPES: dict[str, Recipe] = {
                     64, length=1024, answer=968, temperature=0.9, batch=64, source="transcript"
                 ),
             ),
-            start="budgetdraft-feature",
+            start="budgetdraft-feature-novels",
         ),
         Recipe(
             "quick",
-            "budgetdraft-feature, a toy: a few steps on one novel, to watch a loss fall in a minute.",
+            "budgetdraft-feature-novels, a toy: a few steps on one novel, to watch a loss fall in a minute.",
             replace(
                 _FEATURE,
                 budgets=BudgetSampler({64: 0.4, 128: 0.4, 256: 0.2}),

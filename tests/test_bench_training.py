@@ -30,7 +30,10 @@ def result(tmp_path_factory):
 
 
 def test_more_views_are_more_operations_and_less_than_in_proportion(result):
-    assert [row["recipe"] for row in result["recipes"]] == ["budgetdraft", "budgetdraft-feature"]
+    assert [row["recipe"] for row in result["recipes"]] == [
+        "budgetdraft",
+        "budgetdraft-feature-novels",
+    ]
     for row in result["recipes"]:
         one, three = row["operations"]["1"], row["operations"]["3"]
         assert one < three < len(BUDGETS[3]) * one
@@ -45,7 +48,7 @@ def test_more_views_are_more_operations_and_less_than_in_proportion(result):
 def test_the_table_names_each_recipe(result):
     lines = bench_training.table(result).splitlines()
     assert lines[0].startswith("window of 1024 tokens")
-    assert [line.split()[0] for line in lines[2:]] == ["budgetdraft", "budgetdraft-feature"]
+    assert [line.split()[0] for line in lines[2:]] == ["budgetdraft", "budgetdraft-feature-novels"]
 
 
 @pytest.mark.parametrize(

@@ -40,12 +40,12 @@ def recipe(place, name="budgetdraft", **changes):
     return replace(found, settings=settings, text=str(place / "text.txt"), **{**usual, **changes})
 
 
-@pytest.mark.parametrize("name", ["budgetdraft", "full-only", "budgetdraft-feature"])
+@pytest.mark.parametrize("name", ["budgetdraft", "full-only", "budgetdraft-feature-novels"])
 def test_a_recipe_leaves_a_drafter_that_loads(place, pair, tmp_path, name):
     trainer = recipes.train(recipe(place, name), tmp_path / "run", tmp_path / "teacher", pair)
     folder = tmp_path / "run" / "drafter"
     drafter = models.load_drafter(folder, pair.target)
-    assert isinstance(drafter, models.FeatureDecoder) is (name == "budgetdraft-feature")
+    assert isinstance(drafter, models.FeatureDecoder) is (name == "budgetdraft-feature-novels")
     meta = json.loads((folder / "drafter.json").read_text())["provenance"]
     assert meta["steps"] == trainer.step == 8
     assert meta["recipe"] == name
@@ -81,7 +81,7 @@ def test_a_stopped_recipe_goes_on_and_targets_are_shared(place, pair, tmp_path, 
 
 
 def test_features_serve_a_recipe_without_them_too(place, pair, tmp_path, monkeypatch):
-    recipes.targets(recipe(place, "budgetdraft-feature"), pair, tmp_path)
+    recipes.targets(recipe(place, "budgetdraft-feature-novels"), pair, tmp_path)
     monkeypatch.setattr(teacher, "compute", None)
     stores = recipes.targets(recipe(place), pair, tmp_path)
     assert [store.windows.shape for store in stores] == [(6, 96), (4, 128)]
@@ -176,7 +176,7 @@ def test_the_command_trains_and_refuses_in_one_line(place, tmp_path, monkeypatch
 @pytest.fixture(scope="module")
 def trained(place, pair, tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained")
-    for name in ("budgetdraft", "budgetdraft-feature"):
+    for name in ("budgetdraft", "budgetdraft-feature-novels"):
         recipes.train(recipe(place, name), folder / name, folder / "teacher", pair)
         shutil.copytree(folder / name / "drafter", folder / "shipped" / name)
     return folder / "shipped"
@@ -213,7 +213,7 @@ def test_agreement_is_what_a_sparse_cache_gives(pair, place, trained):
 
 def test_records_add_up(place, pair, trained, tmp_path):
     settings = forced.ForcedSettings(
-        drafters=(str(trained / "budgetdraft"), str(trained / "budgetdraft-feature")),
+        drafters=(str(trained / "budgetdraft"), str(trained / "budgetdraft-feature-novels")),
         policies=("sink_window", "chunk_topk"),
         budgets=(24, 0),
         context=120,
@@ -257,10 +257,12 @@ def test_bad_agreement_settings_are_refused(change, message):
 def test_a_recipe_can_go_on_from_a_shipped_drafter(place, pair, trained, tmp_path, monkeypatch):
     """The target's own answers need a chat template, which the tiny tokenizer lacks: novels serve."""
     monkeypatch.setattr(models, "checkpoint", lambda name: trained / name)
-    chosen = recipe(place, "budgetdraft-feature", start="budgetdraft-feature")
+    chosen = recipe(place, "budgetdraft-feature-novels", start="budgetdraft-feature-novels")
     before = recipes.untrained(chosen, pair)
     assert isinstance(before, models.FeatureDecoder)
-    expected = models.load_drafter(trained / "budgetdraft-feature", pair.target, torch.float32)
+    expected = models.load_drafter(
+        trained / "budgetdraft-feature-novels", pair.target, torch.float32
+    )
     tokens, state = tiny.text(9, vocabulary=WORDS)[None], torch.randn(1, 9, 32)
     assert torch.allclose(before.inputs(tokens, state), expected.inputs(tokens, state), atol=1e-5)
     assert not before.embedding.requires_grad
