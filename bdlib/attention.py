@@ -57,9 +57,7 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     batch, heads, n, dim = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
     grouped = q.reshape(batch, kv_heads, -1, dim)  # [B, H_kv, g * n, D]
-    # Copied as they lie: a product with the transpose of keys that have gaps between heads, as those of
-    # a cache do, would copy them transposed, which costs five times the product.
-    scores = grouped @ k.contiguous().transpose(-1, -2)  # [B, H_kv, g * n, T]
+    scores = grouped @ k.transpose(-1, -2)  # [B, H_kv, g * n, T]
     if length > start + 1:
         columns = torch.arange(length - start, device=q.device)
         tail = scores.view(batch, kv_heads, -1, n, length)[..., start:]
