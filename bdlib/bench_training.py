@@ -22,8 +22,6 @@ from bdlib.measure import provenance
 SCHEMA = 1
 SIDE = 2048  # of the square matrices that give the machine's rate
 BUDGETS = {1: (256,), 3: (128, 256, 512)}
-REQUIRED = {"three_views_over_one": 1.5, "fraction_of_matrix_rate": 0.7}
-"""At most, and at least."""
 
 
 @dataclass(frozen=True)

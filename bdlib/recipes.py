@@ -10,6 +10,7 @@ Contract: :func:`train` leaves a folder with ``training.pt`` and ``log.jsonl`` (
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import shutil
@@ -358,12 +359,9 @@ def train(
         For targets of another model, or a folder that holds a run with other settings.
     """
     pair = load(recipe) if pair is None else pair
-    first = accelerator is None or accelerator.is_main_process
-    if not first:
-        accelerator.wait_for_everyone()  # the first process computes the targets, the others read
-    stores = targets(recipe, pair, teacher_folder, teacher_progress)
-    if accelerator is not None and first:
-        accelerator.wait_for_everyone()
+    alone = contextlib.nullcontext() if accelerator is None else accelerator.main_process_first()
+    with alone:  # the first process computes the targets, the others read them
+        stores = targets(recipe, pair, teacher_folder, teacher_progress)
     model = untrained(recipe, pair)
     for store in stores:
         teacher.check_made_by(store, pair.target, model)

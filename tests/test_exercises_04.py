@@ -7,12 +7,10 @@ module starts itself again with the variable set. Wrong kernels are the right on
 from __future__ import annotations
 
 import linecache
-import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
+import tiny
 import torch
 
 from bdlib import exercises
@@ -93,11 +91,7 @@ def make(source, *change):
 @outside
 @pytest.mark.slow
 def test_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert " passed" in done.stdout
+    tiny.run_in_interpreter(__file__)
 
 
 # ---------------------------------------------------------------- right kernels

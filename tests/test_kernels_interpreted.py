@@ -4,12 +4,10 @@
 this module starts itself again with the variable set.
 """
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
 
 import pytest
+import tiny
 import torch
 
 from bdlib.kernels import acceptance_loss as losses
@@ -33,11 +31,7 @@ LENGTHS = (1, 7, 63, 100, 1000)
 @pytest.mark.slow
 @pytest.mark.skipif(interpreted(), reason="would start itself for ever")
 def test_in_the_interpreter():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-6000:]
-    assert " passed" in done.stdout
+    tiny.run_in_interpreter(__file__, seconds=900)
 
 
 @pytest.fixture(autouse=True)

@@ -293,9 +293,9 @@ def test_only_the_first_process_computes_targets(place, pair, tmp_path):
     order = []
 
     class Second:  # what accelerate.Accelerator is to a process that is not the first
-        is_main_process, num_processes, process_index = False, 2, 1
+        num_processes, process_index = 2, 1
 
-        def wait_for_everyone(self):
+        def main_process_first(self):
             order.append("waited")
             raise InterruptedError
 

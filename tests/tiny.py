@@ -79,3 +79,19 @@ def save_folder(folder, decoder, vocabulary=None, end=0):
         tokenizer_object=tokenizer, eos_token=listed[end], unk_token=listed[-1]
     ).save_pretrained(folder)
     return folder
+
+
+def run_in_interpreter(file, seconds=600):
+    """Run a test file again in a process where Triton interprets kernels, and see that it passes.
+
+    The variable is read when a kernel is decorated, so it has to be there before the first import.
+    """
+    import os
+    import subprocess
+    import sys
+
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=seconds)
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert " passed" in done.stdout
