@@ -954,6 +954,23 @@ def watch_memory(**tensors: Tensor) -> Iterator[list[Access]]:
         InterpreterBuilder.create_masked_store = plain_store
 
 
+def _apart(tensors: Mapping[str, Tensor], gap: int = 1 << 22) -> None:
+    """Move contiguous tensors into one buffer, in order and ``gap`` bytes from each other.
+
+    An address that goes astray is then nearest to the tensor that was meant, wherever the allocator had
+    put the tensors; the pages of the gaps are never touched, so they take no memory.
+    """
+    import torch
+
+    room = sum(tensor.nbytes // gap + 2 for tensor in tensors.values()) * gap
+    buffer, begin = torch.UntypedStorage(gap + room), gap
+    for tensor in tensors.values():
+        moved = torch.empty(0, dtype=tensor.dtype)
+        moved.set_(buffer, begin // tensor.element_size(), tensor.shape, tensor.stride())
+        tensor.set_(moved.copy_(tensor))
+        begin += (tensor.nbytes // gap + 2) * gap
+
+
 def programs_by_row(
     seen: Sequence[Access], tensor: str, width: int, rows: int
 ) -> list[tuple[int, ...] | None]:
@@ -984,6 +1001,7 @@ def _run_kernel(
         return Verdict(
             False, "TRITON_INTERPRET is not set: restart, and run the cell of imports first"
         )
+    _apart(tensors)
     try:
         with np.errstate(all="ignore"), watch_memory(**tensors) as seen:
             kernel[grid](*tensors.values(), *rest, **constants)
