@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -270,13 +271,16 @@ def save_drafter(
         "config": drafter.config.to_hf(torch.bfloat16),
         "provenance": dict(provenance or {}),
     }
-    scratch = folder / f"{WEIGHTS_FILE}.writing"
-    save_file({k: v.contiguous() for k, v in weights.items()}, scratch)
-    os.replace(scratch, folder / WEIGHTS_FILE)
-    for name, text in ((CONFIG_FILE, json.dumps(meta, indent=2) + "\n"), ("README.md", card)):
-        scratch = folder / f"{name}.writing"
-        scratch.write_text(text, encoding="utf8")
-        os.replace(scratch, folder / name)
+    scratch = {
+        name: folder / f"{name}.writing" for name in (WEIGHTS_FILE, CONFIG_FILE, "README.md")
+    }
+    save_file({k: v.contiguous() for k, v in weights.items()}, scratch[WEIGHTS_FILE])
+    scratch[CONFIG_FILE].write_text(json.dumps(meta, indent=2) + "\n", encoding="utf8")
+    scratch["README.md"].write_text(card, encoding="utf8")
+    # safetensors leaves files that only their owner may read: as the umask says instead.
+    shutil.copymode(scratch[CONFIG_FILE], scratch[WEIGHTS_FILE])
+    for name, written in scratch.items():
+        os.replace(written, folder / name)
 
 
 def checkpoint(name: str) -> Path:

@@ -19,6 +19,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -544,6 +545,8 @@ class Decoder(nn.Module):
             save_file(weights, Path(scratch) / "model.safetensors", metadata={"format": "pt"})
             text = json.dumps(self.config.to_hf(self.dtype), indent=2) + "\n"
             (Path(scratch) / "config.json").write_text(text, encoding="utf8")
+            # safetensors leaves files that only their owner may read: as the umask says instead.
+            shutil.copymode(Path(scratch) / "config.json", Path(scratch) / "model.safetensors")
             for name in ("model.safetensors", "config.json"):
                 os.replace(Path(scratch) / name, folder / name)
 

@@ -1,6 +1,7 @@
 """Drafter models: the feature-conditioned one trains as it decodes, and files come back as they were."""
 
 import json
+import os
 from dataclasses import replace
 
 import pytest
@@ -128,6 +129,18 @@ def test_a_feature_drafter_is_saved_and_loaded(target, drafter, tmp_path):
     meta = json.loads((tmp_path / "drafter.json").read_text())
     assert meta["kind"] == "feature"
     assert meta["provenance"] == {"steps": 3}
+
+
+def test_files_are_as_readable_as_the_umask_says(target, drafter, tmp_path):
+    before = os.umask(0o027)
+    try:
+        models.save_drafter(drafter, tmp_path / "drafter", "# card\n")
+        Decoder.random(CONFIG).save(tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.glob("*/*")}
+    assert len(modes) == 5
+    assert set(modes.values()) == {0o640}, modes
 
 
 @pytest.mark.parametrize("rows", [None, ROWS])
