@@ -28,7 +28,7 @@ from torch import Tensor
 from bdlib import attention
 from bdlib.kernels.launching import CHUNK_SIZES, layout_fault, use_triton, wanted
 from bdlib.kernels.sparse_decode import sparse_decode
-from bdlib.selection import Policy, Selection
+from bdlib.selection import Policy, Selection, check_whole
 from bdlib.transformer import DecoderConfig
 
 SLACK = 128  # rejected positions that the query log can forget without losing older queries
@@ -135,8 +135,7 @@ class KVCache:
         observe: Policy | None = None,
         taps: tuple[int, ...] = (),
     ) -> None:
-        if capacity < 1:
-            raise ValueError(f"capacity {capacity} must be at least 1 token")
+        check_whole("capacity", capacity, 1, "token")
         self.config, self.capacity, self.batch = config, capacity, batch
         self.dtype, self.device = dtype, torch.device(device)
         self._keys, self._values = _allocate(config, capacity, batch, dtype, self.device)

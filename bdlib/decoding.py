@@ -24,6 +24,7 @@ from bdlib.cache import KVCache
 from bdlib.controllers import Arms, Controller, label
 from bdlib.drafters import Drafter, Proposal, prefill
 from bdlib.sampling import Sampling, verify
+from bdlib.selection import check_whole
 from bdlib.transformer import Decoder
 
 GREEDY = Sampling()
@@ -160,12 +161,10 @@ def decode(
         For settings out of range, a cache that does not fit the prompt or is too small, or logits
         that are not numbers.
     """
-    if gamma < 1:
-        raise ValueError(f"gamma {gamma} must be at least 1 token")
+    check_whole("gamma", gamma, 1, "token")
     if controller is not None and drafter is None:
         raise ValueError("a controller needs a drafter to choose for")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens {max_new_tokens} must be at least 1")
+    check_whole("max_new_tokens", max_new_tokens, 1, "token")
     if not sampling.greedy and generator is None:
         raise ValueError("sampling needs an explicit torch.Generator")
     if cache.length != len(prompt) - 1:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bdlib.cache import KVCache, SparseKVCache, sparse_cache_of
 from bdlib.sampling import Sampling
-from bdlib.selection import Policy
+from bdlib.selection import Policy, check_whole, is_whole
 from bdlib.transformer import Decoder
 
 
@@ -79,8 +79,10 @@ class Drafter(ABC):
 
 
 def _check_refresh(refresh: int | None) -> None:
-    if refresh is not None and refresh < 1:
-        raise ValueError(f"refresh {refresh} must be None (select once) or at least 1 round")
+    if refresh is not None and not is_whole(refresh, 1):
+        raise ValueError(
+            f"refresh {refresh!r} must be None (select once) or a whole number, at least 1 round"
+        )
 
 
 def _run(
@@ -219,6 +221,7 @@ class ModelDrafter(Drafter):
         _check_refresh(refresh)
         if budget is not None:
             policy.check(budget)
+        check_whole("piece", piece, 1, "token")
         self.model, self.policy, self.budget, self.refresh = model, policy, budget, refresh
         self.piece = piece
         self.taps = getattr(model, "taps", ())
@@ -241,8 +244,15 @@ class ModelDrafter(Drafter):
                 f"the target's cache keeps the layers {cache.taps}, this drafter reads {self.taps};"
                 " prefill it with taps=drafter.taps"
             )
+        sizes = cache.config.vocab_size, self.model.config.vocab_size
+        if sizes[0] != sizes[1]:
+            raise ValueError(
+                f"the target's vocabulary has {sizes[0]} tokens, the drafter's {sizes[1]}"
+            )
         self._target_cache = cache
-        budget = self.budget if self.budget is not None else capacity
+        budget = self.budget
+        if budget is None:
+            budget = max(capacity, getattr(self.policy, "chunk_size", 1))
         self._keep = self.refresh is not None or self.policy.per_step
         place = (1, self.model.dtype, self.model.device)
         self.cache = SparseKVCache(self.model.config, budget, self.policy, *place)
@@ -327,7 +337,7 @@ class ModelDrafter(Drafter):
     @property
     def kv_bytes(self) -> int:
         entries = self.cache.budget + (self._full.capacity if self._full else 0)
-        features = self._target_cache.feature_bytes()
+        features = self._target_cache.feature_bytes() if self.taps else 0
         return self.model.config.kv_bytes(entries, self.model.dtype) + features
 
 
@@ -340,8 +350,11 @@ class NGramDrafter(Drafter):
     """
 
     def __init__(self, longest: int = 3, shortest: int = 1) -> None:
-        if not 1 <= shortest <= longest:
-            raise ValueError(f"need 1 <= shortest <= longest, got {shortest} and {longest}")
+        if not (is_whole(shortest, 1) and is_whole(longest, shortest)):
+            raise ValueError(
+                "need 1 <= shortest <= longest, whole numbers of tokens, got"
+                f" {shortest!r} and {longest!r}"
+            )
         self.longest, self.shortest = longest, shortest
         self.name = "ngram"
 
@@ -396,6 +409,14 @@ def prefill(
     """
     if prompt.dim() != 1 or not prompt.numel():
         raise ValueError(f"prompt must hold at least one token, got shape {tuple(prompt.shape)}")
+    if prompt.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"prompt must hold token ids (int64), got {prompt.dtype}")
+    for token in (int(prompt.min()), int(prompt.max())):
+        if not 0 <= token < model.config.vocab_size:
+            raise ValueError(
+                f"prompt holds token {token}, the model's vocabulary has {model.config.vocab_size}"
+            )
+    check_whole("piece", piece, 1, "token")
     cache = KVCache(model.config, capacity, 1, model.dtype, model.device, observe, taps)
     tokens = prompt[None, :-1].to(model.device)
     with torch.inference_mode():

@@ -10,9 +10,12 @@ the rule becomes: accept while the draft equals the target's argmax.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
+
+LEAST = 1e-6  # temperature: below it logits over the temperature leave the range of float32
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,7 @@ class Sampling:
     Attributes
     ----------
     temperature
-        0 is greedy; otherwise logits are divided by it.
+        0 is greedy; otherwise logits are divided by it (at least :data:`LEAST`).
     top_k
         Keep the ``top_k`` most probable tokens; 0 keeps all.
     top_p
@@ -34,8 +37,12 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature {self.temperature} must be 0 (greedy) or positive")
+        if self.temperature and not LEAST <= self.temperature < float("inf"):
+            raise ValueError(
+                f"temperature {self.temperature} must be 0 (greedy) or at least {LEAST:g}"
+            )
+        if isinstance(self.top_k, bool) or not isinstance(self.top_k, Integral):
+            raise ValueError(f"top_k {self.top_k!r} must be a whole number, 0 (off) or positive")
         if self.top_k < 0:
             raise ValueError(f"top_k {self.top_k} must be 0 (off) or positive")
         if not 0 < self.top_p <= 1:

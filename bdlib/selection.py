@@ -11,7 +11,8 @@ code, kept faithful, flaws included; ``chunk_topk_recent`` repairs them.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Integral
 from typing import ClassVar, Literal
 
 import torch
@@ -21,6 +22,19 @@ from torch import Tensor
 from bdlib.attention import attention_weights
 from bdlib.kernels.chunk_scores import chunk_scores
 from bdlib.kernels.launching import CHUNK_SIZES, layout_fault, use_triton, wanted
+
+
+def is_whole(value: object, least: int) -> bool:
+    """Whether a setting is a whole number of at least ``least``."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= least
+
+
+def check_whole(name: str, value: object, least: int, unit: str) -> None:
+    """Refuse a setting that is not, in words that name it."""
+    if not is_whole(value, least):
+        number = isinstance(value, Integral) and not isinstance(value, bool)
+        kind = "" if number else "a whole number, "
+        raise ValueError(f"{name} {value!r} must be {kind}at least {least} {unit}")
 
 
 @dataclass(frozen=True)
@@ -66,8 +80,7 @@ class Policy:
 
     def check(self, budget: int) -> None:
         """Refuse a budget that the policy cannot work with."""
-        if budget < 1:
-            raise ValueError(f"budget {budget} must be at least 1 entry")
+        check_whole("budget", budget, 1, "entry")
 
     def floor(self, budget: int) -> int:
         """Selected entries that generated tokens may not displace (they displace recent ones)."""
@@ -87,6 +100,12 @@ def make_policy(name: str, **settings: object) -> Policy:
     """A policy by name, for example ``make_policy("sink_window", sinks=4)``."""
     if name not in POLICIES:
         raise ValueError(f"unknown policy {name!r}; allowed: {', '.join(POLICIES)}")
+    if settings:
+        allowed = [field.name for field in fields(POLICIES[name])]
+        for unknown in set(settings) - set(allowed):
+            raise ValueError(
+                f"policy {name!r} has no setting {unknown!r}; allowed: {', '.join(allowed) or 'none'}"
+            )
     return POLICIES[name](**settings)
 
 
@@ -134,6 +153,9 @@ class SinkWindow(Policy):
     name: ClassVar[str] = "sink_window"
     sinks: int = 4
 
+    def __post_init__(self) -> None:
+        check_whole("sinks", self.sinks, 0, "tokens")
+
     def select(self, keys, budget, queries, positions):
         length = keys.shape[2]
         if length <= budget:
@@ -158,7 +180,11 @@ class ChunkTopK(Policy):
     name: ClassVar[str] = "chunk_topk"
     chunk_size: int = 8
 
+    def __post_init__(self) -> None:
+        check_whole("chunk_size", self.chunk_size, 1, "token")
+
     def check(self, budget: int) -> None:
+        super().check(budget)
         if budget < self.chunk_size:
             raise ValueError(f"budget {budget} must be at least one chunk of {self.chunk_size}")
 
@@ -212,6 +238,7 @@ class ChunkTopKRecent(Policy):
     recent: float = 0.25
 
     def __post_init__(self) -> None:
+        check_whole("chunk_size", self.chunk_size, 1, "token")
         if not 0 < self.recent <= 1:
             raise ValueError(f"recent {self.recent} must be a fraction of the budget in (0, 1]")
 
@@ -265,6 +292,9 @@ class SnapKV(Policy):
     observe: ClassVar[Literal["none", "recent", "sampled"]] = "recent"
     observed_queries: ClassVar[int] = 32
     pool: int = 7
+
+    def __post_init__(self) -> None:
+        check_whole("pool", self.pool, 1, "neighbour")
 
     def select(self, keys, budget, queries, positions):
         length = keys.shape[2]

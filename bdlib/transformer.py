@@ -40,10 +40,16 @@ ARCHITECTURES = {
     "qwen3": "Qwen3ForCausalLM",
 }
 ROPE_TYPES = {
-    "default": (),
-    "linear": ("factor",),
-    "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
-    "yarn": ("factor",),
+    "default": ("rope_theta",),
+    "linear": ("rope_theta", "factor"),
+    "llama3": (
+        "rope_theta",
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ),
+    "yarn": ("rope_theta", "factor", "original_max_position_embeddings"),
 }
 """Each type and the settings that it needs."""
 
@@ -87,6 +93,13 @@ class DecoderConfig:
             raise ValueError(
                 f"model_type {self.model_type!r} is not supported; allowed: {sorted(ARCHITECTURES)}"
             )
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads",
+            "num_kv_heads", "head_dim", "max_positions",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} {value!r} must be a whole number of at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}"
@@ -101,6 +114,10 @@ class DecoderConfig:
         for name in ROPE_TYPES[kind]:
             if self.rope.get(name) is None:
                 raise ValueError(f"rope_type {kind!r} needs {name}, which is missing")
+        for name, least in (("rope_theta", 1), ("factor", 0)):
+            value = self.rope.get(name, 10_000.0)
+            if not isinstance(value, int | float) or not least < value < math.inf:
+                raise ValueError(f"{name} {value!r} must be a number above {least}")
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> DecoderConfig:
