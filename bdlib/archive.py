@@ -8,6 +8,8 @@ alpha that of sampling at temperature 1.
 ``selections_CONTEXT.json`` holds which positions each drafter's cache keeps
 (:func:`record_selections` writes it; run it again when a drafter was trained anew).
 
+:func:`checkpoints` says with which lambda each drafter in ``data/checkpoints`` was trained.
+
 Contract: light to import, reads files only, and a damaged file is one ``ValueError`` that names it.
 """
 
@@ -15,8 +17,7 @@ from __future__ import annotations
 
 import csv
 import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,10 +79,11 @@ class Archive:
 
     def __init__(self, measurements: Iterable[Measurement]) -> None:
         self.measurements = list(measurements)
-        self._found = {
-            (m.text, m.drafter, m.policy, m.budget, m.context, m.temperature, m.gamma): m
-            for m in self.measurements
-        }
+        self._found: dict[tuple[Any, ...], Measurement] = {}
+        for m in self.measurements:
+            key = (m.text, m.drafter, m.policy, m.budget, m.context, m.temperature, m.gamma)
+            if key not in self._found or m.samples >= self._found[key].samples:
+                self._found[key] = m
 
     @classmethod
     def read(cls, paths: Iterable[Path] | None = None) -> Archive:
@@ -100,9 +102,13 @@ class Archive:
                 raise ValueError(f"{path.name} is not an archive: {error!r}") from error
         return cls(found)
 
-    def values(self, name: str) -> list[Any]:
-        """The values that a setting takes in the archive, ascending, ``None`` last."""
-        found = {getattr(m, name) for m in self.measurements}
+    def values(self, name: str, **fixed: Any) -> list[Any]:
+        """The values that a setting takes in the archive, ascending, ``None`` last.
+
+        ``fixed`` asks only measurements with these settings: ``values("context", text="books")``.
+        """
+        held = (m for m in self.measurements if all(getattr(m, k) == v for k, v in fixed.items()))
+        found = {getattr(m, name) for m in held}
         return [*sorted(v for v in found if v is not None), *([None] if None in found else [])]
 
     def find(
@@ -117,6 +123,7 @@ class Archive:
     ) -> Measurement | None:
         """The measurement of a setting, one at this very ``gamma`` first; ``None`` if there is none.
 
+        Of two of the same setting it is the one with more windows.
         With the full cache (``budget`` ``None``) the policy does not matter, and n-gram lookup has
         neither policy nor budget.
         """
@@ -127,10 +134,6 @@ class Archive:
             if key in self._found:
                 return self._found[key]
         return None
-
-    def nearest_context(self, context: int) -> int | None:
-        """The archived context nearest to the one asked for, by ratio."""
-        return min(self.values("context"), key=lambda c: abs(math.log(c / context)), default=None)
 
 
 def results() -> Path:
@@ -173,16 +176,23 @@ def _header(path: Path) -> list[str]:
 
 
 def _from_csv(path: Path) -> list[Measurement]:
-    """Rows of a sweep's results; loops and later selections are left out."""
+    """Rows of a sweep's results; cells that select again while they decode are left out.
+
+    What was generated is a kind of text of its own (``"books, continued"``, ``"books, chat"``), and so
+    is what went in loops.
+    """
     missing = SWEEP - set(_header(path))
     if missing:
         raise ValueError(f"columns {', '.join(sorted(missing))} are missing")
     found = []
     with path.open(encoding="utf8", newline="") as stream:
         for row in csv.DictReader(stream):
-            if row.get("looping") == "true" or row.get("refresh"):
+            if row.get("refresh"):
                 continue
             forced = row["regime"] == "teacher-forced"
+            made = "" if forced else ", chat" if row["regime"] == "chat" else ", continued"
+            if row.get("looping") == "true":
+                made += " in loops"
             names = {"agreement": 0.0, "alpha": 1.0} if forced else {"acceptance_rate": None}
             full = row["policy"] == "full"
             for name, temperature in names.items():
@@ -191,7 +201,7 @@ def _from_csv(path: Path) -> list[Measurement]:
                 steps = tuple(map(float, row["by_position"].split()))
                 found.append(
                     Measurement(
-                        text=row["text"] + (", chat" if row["regime"] == "chat" else ""),
+                        text=row["text"] + made,
                         drafter=row["drafter"],
                         policy=None if full else row["policy"] or None,
                         budget=int(row["budget"]) if row["budget"] and not full else None,
@@ -220,6 +230,63 @@ def _share(value: float) -> float:
     if not 0 <= value <= 1:
         raise ValueError(f"acceptance {value} must be in [0, 1]")
     return value
+
+
+# ------------------------------------------------------------------- checkpoints and lambda
+@dataclass(frozen=True)
+class Trained:
+    """How a drafter was trained, from its ``drafter.json``.
+
+    Attributes
+    ----------
+    weight
+        Lambda, the weight of the sparse loss (:class:`bdlib.objectives.Objective`); ``None`` where
+        the file does not say.
+    alike
+        The same text for drafters that were trained alike in everything but lambda.
+    """
+
+    name: str
+    weight: float | None
+    alike: str
+
+
+def checkpoints(folder: Path | None = None) -> dict[str, Trained]:
+    """The trained drafters of a folder by name; of ``data/checkpoints`` if not given."""
+    from bdlib import models
+
+    folder = results().parent / "checkpoints" if folder is None else Path(folder)
+    found = {}
+    for path in sorted(folder.glob(f"*/{models.CONFIG_FILE}")):
+        try:
+            document = json.loads(path.read_text(encoding="utf8"))
+            made = document.get("provenance", {})
+            settings = dict(made.get("settings", {}))
+            objective = dict(settings.pop("objective", {}))
+            weight = objective.pop("weight", None)
+            settings.pop("views", None)  # a lambda of 0 has no use for sparse views
+            rest = {name: document.get(name) for name in ("kind", "taps", "config")}
+            rest |= {name: made.get(name) for name in ("windows", "corpus")}
+            alike = json.dumps([rest, settings, objective], sort_keys=True)
+            weight = None if weight is None else float(weight)
+        except (OSError, AttributeError, TypeError, ValueError) as error:
+            name = f"{path.parent.name}/{path.name}"
+            raise ValueError(f"{name} is not a drafter's: {error!r}") from error
+        found[path.parent.name] = Trained(path.parent.name, weight, alike)
+    return found
+
+
+def by_weight(name: str, trained: Mapping[str, Trained]) -> dict[float, str]:
+    """The drafters that differ from one in lambda alone, itself among them: names by lambda."""
+    own = trained.get(name)
+    if own is None or own.weight is None:
+        return {}
+    found = {
+        other.weight: other.name
+        for other in trained.values()
+        if other.alike == own.alike and other.weight is not None
+    }
+    return dict(sorted((found | {own.weight: name}).items()))
 
 
 # ------------------------------------------------------------------------ bytes and speed
@@ -302,12 +369,14 @@ class Selections:
     maps: dict[tuple[str, str, int], tuple[float, ...]]
 
     @classmethod
-    def read(cls, path: Path | None = None) -> Selections:
-        """Read a file of :func:`record_selections`; an empty one where none is stored."""
-        if path is None:
-            path = next(iter(sorted(results().glob("selections_*.json"))), None)
-            if path is None:
-                return cls(0, "", {})
+    def read_all(cls) -> dict[int, Selections]:
+        """What is recorded in ``data/results``, by context, ascending."""
+        found = [cls.read(path) for path in results().glob("selections_*.json")]
+        return {one.context: one for one in sorted(found, key=lambda one: one.context)}
+
+    @classmethod
+    def read(cls, path: Path) -> Selections:
+        """Read a file of :func:`record_selections`."""
         try:
             document = json.loads(Path(path).read_text(encoding="utf8"))
             maps = {

@@ -1,9 +1,10 @@
 """The instructor's dashboard: every setting a slider, instant answers from the archive, live runs.
 
 Moving a control redraws from archived measurements (:mod:`bdlib.archive`): no model runs, and the
-pictures are SVG text put into widgets that are there already, so a move takes milliseconds. *Run it
-now* decodes with the real model in a thread of its own: the kernel stays responsive, the trace grows
-round by round, and *Cancel* stops it within one forward pass.
+pictures are SVG text put into widgets that are there already, so a move takes milliseconds. Only what
+was measured is drawn; for any other setting the page says so and offers the run. *Run it now* decodes
+with the real model in a thread of its own: the kernel stays responsive, the trace grows round by
+round, and *Cancel* stops it within one forward pass.
 
 Contract: :class:`Dashboard` is what a lesson shows; :class:`Engine` runs a setting without any widget.
 Speeds *from bytes* are estimates; measured ones are of one run on this machine.
@@ -32,6 +33,7 @@ CONTEXTS = (512, 1024, 2048, 4096, 8192, 16_384)
 POLICIES = ("chunk_topk_recent", "sink_window", "chunk_topk", "snapkv", "heavy_hitter", "random")
 TEMPERATURES = (0.0, 0.7, 1.0)
 GAMMAS = tuple(range(1, 13))
+LAMBDAS = (0.0, 0.5, 1.0)  # those of the checkpoints that the paper's authors released
 UNTRAINED = {"the target itself": "self", "n-gram lookup": "ngram", "none: plain decoding": "plain"}
 PROMPTS = {"live: continue a novel": "continue", "live: summarise": "summarise"}
 NEW_TOKENS = 48
@@ -99,7 +101,8 @@ LECTURE = (
         8,
         Settings(budget=128),
         "Do not run: move the budget from 128 to full and watch acceptance and selection map. Ask"
-        " for a prediction first. The drafter was trained on sampled budgets: that is the method.",
+        " for a prediction first. The drafter was trained on sampled budgets: that is the method."
+        " Where lambda has more than one value, change it: 0 is a training without sparse views.",
     ),
     Preset(
         "6 How long a draft?",
@@ -154,11 +157,15 @@ def _marker(kind: int, x: float, y: float, size: float, color: str) -> str:
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a :func:`chart`: values (``None`` leaves a gap) and their intervals."""
+    """One line of a :func:`chart`: values (``None`` leaves a gap) and their intervals.
+
+    ``look`` numbers its colour and marker; its place among the lines if not given.
+    """
 
     values: Sequence[float | None]
     intervals: Sequence[tuple[float, float] | None] = ()
     strong: bool = False
+    look: int | None = None
 
 
 def chart(
@@ -183,8 +190,10 @@ def chart(
     level
         A dashed horizontal line: height and name.
     """
-    width, height, left, right, up, down = 520, 262, 44, 12, 46, 60
+    width, height, left, right, up, down = 520, 278, 44, 12, 62, 60
     span = width - left - right
+    looks = [n if line.look is None else line.look for n, line in enumerate(lines.values())]
+    colors = [figures.CYCLE[look % len(figures.CYCLE)] for look in looks]
 
     def at(column: float) -> float:
         return left + span * (column + 0.5) / len(ticks)
@@ -210,16 +219,22 @@ def chart(
             f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="#000000"'
             ' stroke-dasharray="5 4"/>'
         )
-        parts.append(_text(width - right, y - 4, level[1], 'text-anchor="end" font-size="11"'))
-    legend = left
-    for number, name in enumerate(lines):
-        color = figures.CYCLE[number % len(figures.CYCLE)]
-        parts.append(_marker(number, legend + 5, 31, 4, color))
-        parts.append(_text(legend + 14, 35, name, 'font-size="11"'))
-        legend += 26 + 6.4 * len(name)
+        halo = 'font-size="11" stroke="#ffffff" stroke-width="3" paint-order="stroke"'
+        parts.append(_text(left + 3, y + 13, level[1], halo))
+    if not lines:
+        middle = 'text-anchor="middle" font-size="15" fill="#444444"'
+        parts.append(_text(left + span / 2, to(top / 2) - 8, "not measured", middle))
+    legend, row = left, 35
+    for look, color, name in zip(looks, colors, lines, strict=True):
+        room = 26 + 6.4 * len(name)
+        if legend + room > width and legend > left:
+            legend, row = left, row + 16
+        parts.append(_marker(look, legend + 5, row - 4, 4, color))
+        parts.append(_text(legend + 14, row, name, 'font-size="11"'))
+        legend += room
     # The strong one last: it lies on top where lines meet.
     for number, line in sorted(enumerate(lines.values()), key=lambda one: one[1].strong):
-        color = figures.CYCLE[number % len(figures.CYCLE)]
+        look, color = looks[number], colors[number]
         weight = 2.6 if line.strong else 1.3
         path, pen = "", "M"
         for column, value in enumerate(line.values):
@@ -239,7 +254,7 @@ def chart(
         for column, value in enumerate(line.values):
             if value is not None:
                 size = 4 if line.strong else 3
-                parts.append(_marker(number, at(column), to(value), size, color))
+                parts.append(_marker(look, at(column), to(value), size, color))
     if chosen is not None and chosen[0] in lines:
         value = lines[chosen[0]].values[chosen[1]]
         if value is not None:
@@ -519,30 +534,38 @@ class Dashboard:
     Parameters
     ----------
     archive, selections
-        What answers at once; read from ``data/results`` if not given.
+        What answers at once: measurements, and what caches hold by context. Read from
+        ``data/results`` if not given.
     engine
         What runs the real model.
     presets
         The steps of the lecture.
+    checkpoints
+        The trained drafters that are here; those of ``data/checkpoints`` if not given.
     """
 
     def __init__(
         self,
         archive: archives.Archive | None = None,
-        selections: archives.Selections | None = None,
+        selections: Mapping[int, archives.Selections] | None = None,
         engine: Engine | None = None,
         presets: Sequence[Preset] = LECTURE,
+        checkpoints: Mapping[str, archives.Trained] | None = None,
     ) -> None:
         self.archive = archives.Archive.read() if archive is None else archive
-        self.selections = archives.Selections.read() if selections is None else selections
+        self.selections = archives.Selections.read_all() if selections is None else selections
         self.engine = Engine() if engine is None else engine
         self.presets = presets
+        self.checkpoints = archives.checkpoints() if checkpoints is None else checkpoints
         self.last: Live | None = None
+        self.budgets = self._levels("budget", BUDGETS)
+        self.policies = [*POLICIES, *(p for p in self._levels("policy") if p not in POLICIES)]
         self._costs: dict[str, archives.Costs | None] = {}
         self._thread: threading.Thread | None = None
         self._stop = threading.Event()
         self._quiet = False
         self._build()
+        self._take_drafter()
         self._redraw()
 
     # ------------------------------------------------------------------ settings
@@ -562,11 +585,14 @@ class Dashboard:
             self._quiet = False
         self._redraw()
 
+    def _levels(self, name: str, always: Sequence[Any] = ()) -> list[Any]:
+        """Values of a setting: those that can always be run, and those of the archive."""
+        found = {*always, *self.archive.values(name)}
+        end = [None] if None in always else []
+        return [*sorted(found - {None}), *end]
+
     def _build(self) -> None:
-        trained = [
-            name for name in self.archive.values("drafter") if name not in UNTRAINED.values()
-        ]
-        wide = ipw.Layout(width="310px")
+        wide = ipw.Layout(width="auto")
         style = {"description_width": "84px"}
 
         def slider(name: str, values: Sequence[Any], shown: Callable[[Any], str], at: Any) -> Any:
@@ -589,20 +615,28 @@ class Dashboard:
             return made
 
         start = Settings()
-        drafters = [(name, name) for name in trained or [start.drafter]] + list(UNTRAINED.items())
-        texts = self.archive.values("text") or [start.text]
+        trained = {*self.archive.values("drafter"), *self.checkpoints} - {*UNTRAINED.values()}
+        drafters = [(name, name) for name in sorted(trained) or [start.drafter]]
         first = start.drafter if start.drafter in trained else drafters[0][1]
+        drafters += UNTRAINED.items()
+        texts = self.archive.values("text") or [start.text]
+        temperatures = self._levels("temperature", TEMPERATURES)
         self.controls = {
             # A slider takes no None among its values: 0 stands for the full cache.
-            "budget": slider("budget", [b or 0 for b in BUDGETS], _budget, start.budget),
+            "budget": slider("budget", [b or 0 for b in self.budgets], _budget, start.budget),
             "gamma": slider("gamma", GAMMAS, str, start.gamma),
-            "context": slider("context", CONTEXTS, lambda c: f"{c:,}", start.context),
-            "temperature": slider("temperature", TEMPERATURES, lambda t: f"{t:g}", 0.0),
+            "context": slider(
+                "context", self._levels("context", CONTEXTS), lambda c: f"{c:,}", start.context
+            ),
+            "temperature": slider("temperature", temperatures, lambda t: f"{t:g}", 0.0),
             "drafter": choice("drafter", drafters, first),
-            "policy": choice("policy", list(POLICIES), start.policy),
+            "policy": choice("policy", self.policies, start.policy),
             "text": choice("text", texts, start.text if start.text in texts else texts[0]),
             "prompt": choice("prompt", list(PROMPTS.items()), start.prompt),
         }
+        self.weight = choice("lambda", [("-", None)], None)
+        self.controls["drafter"].observe(lambda change: self._take_drafter(), "value")
+        self.weight.observe(self._take_weight, "value")
         for control in self.controls.values():
             control.observe(lambda change: None if self._quiet else self._redraw(), "value")
 
@@ -610,13 +644,16 @@ class Dashboard:
             options=[("free play", -1), *((p.title, i) for i, p in enumerate(self.presets))],
             value=-1,
             description="lecture step",
-            layout=wide,
+            layout=ipw.Layout(width="330px"),
             style=style,
         )
         self.step.add_class("bd-step")
         self.step.observe(self._take_step, "value")
         self.run_button = ipw.Button(
-            description="▶ Run it now", button_style="primary", tooltip="The real model"
+            description="▶ Run it now",
+            button_style="primary",
+            tooltip="The real model",
+            layout=ipw.Layout(min_width="130px"),
         )
         self.cancel_button = ipw.Button(description="■ Cancel", disabled=True)
         self.run_button.add_class("bd-run")
@@ -626,7 +663,9 @@ class Dashboard:
 
         names = (
             "notes",
+            "training",
             "numbers",
+            "source",
             "left",
             "right",
             "map",
@@ -642,14 +681,25 @@ class Dashboard:
         for name in ("left", "right"):
             self.html[name].layout = ipw.Layout(width="49%", min_width="400px")
         row = ipw.Layout(flex_flow="row wrap")
+        columns = ipw.Layout(grid_template_columns="repeat(auto-fill, minmax(310px, 1fr))")
+        shown = dict(self.controls)
+        first_row = [shown.pop(name) for name in ("budget", "gamma", "context", "temperature")]
+        knobs = [*first_row, shown.pop("drafter"), self.weight, *shown.values()]
+        # One button, shown twice: beside what is not measured, and above what a run shows.
+        offer = ipw.HBox([self.run_button, self.html["source"]])
+        offer.add_class("bd-offer")
+        runs = ipw.HBox([self.run_button, self.cancel_button, self.html["status"]])
+        runs.add_class("bd-runs")
         self.view = ipw.VBox(
             [
                 ipw.HBox([self.step, self.html["notes"]], layout=row),
-                ipw.HBox(list(self.controls.values()), layout=row),
+                ipw.GridBox(knobs, layout=columns),
+                self.html["training"],
                 self.html["numbers"],
+                offer,
                 ipw.HBox([self.html["left"], self.html["right"]], layout=row),
                 self.html["map"],
-                ipw.HBox([self.run_button, self.cancel_button, self.html["status"]]),
+                runs,
                 self.html["measured"],
                 self.html["trace"],
                 self.html["live_map"],
@@ -674,6 +724,40 @@ class Dashboard:
         allowed = {name: [v for _, v in _pairs(c.options)] for name, c in self.controls.items()}
         self.set(**{name: value for name, value in wanted.items() if value in allowed[name]})
 
+    def _take_drafter(self) -> None:
+        """Offer the lambdas of the drafters that were trained like the chosen one."""
+        name = self.controls["drafter"].value
+        names = archives.by_weight(name, self.checkpoints)
+        own = self.checkpoints[name].weight if names else None
+        quiet, self._quiet = self._quiet, True
+        try:
+            self.weight.options = [(f"{w:g}", w) for w in names] or [("-", None)]
+            self.weight.value = own
+        finally:
+            self._quiet = quiet
+        self.weight.disabled = len(names) < 2
+        self.html["training"].value = _small(self._training(name, own, names))
+
+    def _training(self, name: str, own: float | None, names: Mapping[float, str]) -> str:
+        if name in UNTRAINED.values():
+            return "lambda belongs to a trained drafter; this one is not trained."
+        if name not in self.checkpoints:
+            return f"{name} has no checkpoint here: its archive can be shown, it cannot be run."
+        if own is None:
+            return f"The checkpoint of {name} does not say with which lambda it was trained."
+        said = f"{name} was trained with lambda {own:g}."
+        others = [f"{w:g} ({other})" for w, other in names.items() if w != own]
+        if others:
+            said += f" Trained alike but for lambda: {', '.join(others)}."
+        if lacking := [f"{w:g}" for w in LAMBDAS if w not in names]:
+            said += f" No checkpoint was trained like it with lambda {' or '.join(lacking)}."
+        return said
+
+    def _take_weight(self, change: Mapping[str, Any]) -> None:
+        if not self._quiet and change["new"] is not None:
+            names = archives.by_weight(self.controls["drafter"].value, self.checkpoints)
+            self.controls["drafter"].value = names[change["new"]]
+
     # ------------------------------------------------------------ instant answers
     def _bytes(self, drafter: str) -> archives.Costs | None:
         if drafter not in self._costs:
@@ -683,34 +767,64 @@ class Dashboard:
                 self._costs[drafter] = None  # no model here, or a drafter that is not shipped
         return self._costs[drafter]
 
-    def _find(self, s: Settings, at: int | None) -> archives.Measurement | None:
-        if at is None:
-            return None
-        return self.archive.find(s.text, s.drafter, s.policy, s.budget, at, s.temperature, s.gamma)
+    def _find(self, s: Settings) -> archives.Measurement | None:
+        return self.archive.find(
+            s.text, s.drafter, s.policy, s.budget, s.context, s.temperature, s.gamma
+        )
 
     def _redraw(self) -> None:
         s = self.settings
-        at = self.archive.nearest_context(s.context)
-        found = self._find(s, at)
-        self.html["numbers"].value = self._numbers(s, at, found)
-        self.html["left"].value = self._acceptance_chart(s, at)
-        self.html["right"].value = self._speed_chart(s, at)
+        found = self._find(s)
+        self.html["numbers"].value = self._numbers(s, found)
+        self.html["source"].value = _small(self._source(s, found))
+        self.html["left"].value = self._acceptance_chart(s)
+        self.html["right"].value = self._speed_chart(s)
         self.html["map"].value = self._archived_map(s)
+        self._allow()
 
-    def _numbers(self, s: Settings, at: int | None, found: archives.Measurement | None) -> str:
+    def _runnable(self, s: Settings) -> bool:
+        return s.drafter in self.checkpoints or s.drafter in UNTRAINED.values()
+
+    def _allow(self) -> None:
+        if not self.running:
+            self.run_button.disabled = not self._runnable(self.settings)
+
+    def _source(self, s: Settings, found: archives.Measurement | None) -> str:
+        if found is not None:
+            return f"Archived: {found.source}, {_how(found)}. A run takes one prompt of its own."
+        if s.drafter == "plain":
+            return "Plain decoding drafts nothing, so there is no acceptance: run it."
+        cache = "" if s.drafter == "ngram" else f"{s.policy}, budget {_budget(s.budget)}, "
+        if s.budget is None:
+            cache = "full cache, "
+        said = (
+            f"Not measured: {s.drafter}, {cache}{s.text}, context {s.context:,},"
+            f" temperature {s.temperature:g}."
+        )
+        held = {"text": s.text, "drafter": s.drafter}
+        contexts = self.archive.values("context", **held, temperature=s.temperature)
+        if contexts:
+            said += f" Archived contexts: {', '.join(f'{c:,}' for c in contexts)}."
+        elif temperatures := self.archive.values("temperature", **held):
+            said += f" Archived temperatures: {', '.join(f'{t:g}' for t in temperatures)}."
+        else:
+            said += f" Nothing of this drafter is archived for {s.text}."
+        return said if self._runnable(s) else f"{said} It cannot be run: no checkpoint here."
+
+    def _numbers(self, s: Settings, found: archives.Measurement | None) -> str:
         costs = None if s.drafter == "plain" else self._bytes(s.drafter)
-        accepted, tokens, estimate, memory = "not archived", "-", "-", "-"
+        accepted, tokens, estimate, memory = "not measured", "-", "-", "-"
         more, measured = "run it now to measure it", f"at context {s.context:,}"
         if found is not None:
             accepted = f"{found.acceptance:.1%}"
             spread = f"{found.low:.0%} to {found.high:.0%}, " if found.low is not None else ""
-            more = f"{spread}n = {found.samples} windows, context {found.context:,}"
+            more = f"{spread}{found.samples} windows"
             expected = found.tokens_per_round(s.gamma)
             tokens = f"{expected:.2f}"
             if costs is not None:
                 estimate = f"{costs.speedup(expected, s.gamma, s.budget, s.context):.2f}x"
             if found.speedup is not None:
-                measured = f"measured and archived: {found.speedup:.2f}x at {found.context:,}"
+                measured = f"measured and archived: {found.speedup:.2f}x"
         if costs is not None:
             memory = f"{costs.drafter_kv(s.budget, s.context) / 1e6:.2f} MB"
         full = "" if costs is None else f"target: {costs.target_entry * s.context / 1e6:.0f} MB"
@@ -723,39 +837,46 @@ class Dashboard:
             ]
         )
 
-    def _acceptance_chart(self, s: Settings, at: int | None) -> str:
-        lines = {}
-        for policy in POLICIES:
-            found = [self._find(replace(s, policy=policy, budget=b), at) for b in BUDGETS]
-            if any(m is not None for m in found[:-1]):
+    def _acceptance_chart(self, s: Settings) -> str:
+        lines, seen = {}, []
+        # Lookup keeps no cache: one line for every budget.
+        names = ["n-gram lookup"] if s.drafter == "ngram" else self.policies
+        for look, policy in enumerate(names):
+            found = [self._find(replace(s, policy=policy, budget=b)) for b in self.budgets]
+            if any(m is not None for m, b in zip(found, self.budgets, strict=True) if b):
+                strong = policy == s.policy or s.drafter == "ngram"
                 lines[policy] = Line(
                     [m and m.acceptance for m in found],
                     [(m.low, m.high) if m and m.low is not None else None for m in found],
-                    policy == s.policy,
+                    strong,
+                    look,
                 )
-        ticks = [_budget(b) for b in BUDGETS]
-        where = "nothing archived" if at is None else f"{s.text}, context {at:,}"
-        if at is not None and at != s.context:
-            where += f" (nearest to {s.context:,})"
-        note = f"{where}, temperature {s.temperature:g}; teacher-forced; bars: 95 %."
-        if not lines:
-            note = (
-                f"No archived acceptance of {s.drafter} at temperature {s.temperature:g}: run it."
-            )
+                seen += [m for m in found if m is not None]
+        if not lines and (full := self._find(replace(s, budget=None))) is not None:
+            lines["full cache"] = Line([None if b else full.acceptance for b in self.budgets])
+            seen = [full]
+        if seen:
+            how = sorted({_how(m) for m in seen})
+            note = f"{s.text}, context {s.context:,}, temperature {s.temperature:g};"
+            note += f" {' and '.join(how)}; bars: 95 %."
+        else:
+            note = f"{s.text}, context {s.context:,}, temperature {s.temperature:g}: run it."
+        chosen = s.policy if s.policy in lines else next(iter(lines), "")
         return chart(
             f"Acceptance against budget: {s.drafter}",
-            ticks,
+            [_budget(b) for b in self.budgets],
             lines,
             xlabel="budget (entries per layer and KV head)",
             top=1.0,
-            chosen=(s.policy, BUDGETS.index(s.budget)),
+            chosen=(chosen, self.budgets.index(s.budget)),
             note=note,
         )
 
-    def _speed_chart(self, s: Settings, at: int | None) -> str:
+    def _speed_chart(self, s: Settings) -> str:
         costs = None if s.drafter == "plain" else self._bytes(s.drafter)
-        found = [self._find(replace(s, gamma=g), at) for g in GAMMAS]
+        found = [self._find(replace(s, gamma=g)) for g in GAMMAS]
         lines = {}
+        estimated, measured = "speed-up, from bytes", "speed-up, measured"
         if any(m is not None for m in found):
             tokens = [m and m.tokens_per_round(g) for m, g in zip(found, GAMMAS, strict=True)]
             lines["tokens a round"] = Line(tokens)
@@ -764,9 +885,11 @@ class Dashboard:
                     t and costs.speedup(t, g, s.budget, s.context)
                     for t, g in zip(tokens, GAMMAS, strict=True)
                 ]
-                lines["speed-up, from bytes"] = Line(estimate, strong=True)
+                lines[estimated] = Line(estimate, strong=True)
+            if any(m is not None and m.speedup for m in found):
+                lines[measured] = Line([m and m.speedup for m in found])
         most = max([2.0, *(v for line in lines.values() for v in line.values if v)])
-        best = lines.get("speed-up, from bytes")
+        best = lines.get(estimated)
         note = (
             "Estimate: a draft step costs the ratio of bytes read, a verification one plain step."
         )
@@ -779,33 +902,36 @@ class Dashboard:
             lines,
             xlabel="gamma (tokens drafted a round)",
             top=2.0 * -(-most // 2),
-            chosen=("speed-up, from bytes", GAMMAS.index(s.gamma)),
+            chosen=(estimated, GAMMAS.index(s.gamma)),
             level=(1.0, "plain decoding"),
             note=note,
         )
 
     def _archived_map(self, s: Settings) -> str:
-        maps, context = self.selections.maps, self.selections.context
+        rows: dict[str, Sequence[float]] = {}
+        at = min(self.selections, key=lambda c: abs(c - s.context), default=s.context)
         if s.drafter in ("ngram", "plain"):
-            rows, note = {}, "There is no drafter's cache here: nothing is selected."
+            note = "There is no drafter's cache here: nothing is selected."
         elif s.budget is None:
-            rows = {"full": [1.0] * 128}
+            at, rows = s.context, {"full": [1.0] * 128}
             note = "The full cache: every position, in every layer and head."
         else:
+            held = self.selections.get(at)
             rows = {
-                policy: maps[s.drafter, policy, s.budget]
-                for policy in POLICIES
-                if (s.drafter, policy, s.budget) in maps
+                policy: held.maps[s.drafter, policy, s.budget]
+                for policy in self.policies
+                if held and (s.drafter, policy, s.budget) in held.maps
             }
-            note = (
-                f"{self.selections.text}, {context:,} tokens; the darker, the more layers and heads"
-                " of the drafter hold that stretch. Recorded from the model."
-            )
-            if not rows:
-                note = "No recorded selection of this drafter: run it to see what its cache holds."
+            note = "No recorded selection of this setting: run it to see what its cache holds."
+            if held and rows:
+                elsewhere = "" if at == s.context else f"; none is recorded at {s.context:,}"
+                note = (
+                    f"Recorded from the model on {held.text}, {at:,} tokens{elsewhere}; the darker,"
+                    " the more layers and heads of the drafter hold that stretch."
+                )
         title = f"What the drafter's cache holds, by policy: budget {_budget(s.budget)}"
         chosen = s.policy if s.policy in rows else ""
-        return held_map(title, rows, context or s.context, chosen, note)
+        return held_map(title, rows, at, chosen, note)
 
     # ----------------------------------------------------------------- live runs
     @property
@@ -814,7 +940,7 @@ class Dashboard:
 
     def run(self) -> None:
         """Decode the present setting with the real model, in the background."""
-        if self.running:
+        if self.running or not self._runnable(self.settings):
             return
         self._stop.clear()
         self.run_button.disabled, self.cancel_button.disabled = True, False
@@ -854,7 +980,8 @@ class Dashboard:
         except Exception as error:  # whatever it is, the page must say it and stay usable
             self._say(f"error: {type(error).__name__}: {error}")
         finally:
-            self.run_button.disabled, self.cancel_button.disabled = False, True
+            self.run_button.disabled = not self._runnable(self.settings)
+            self.cancel_button.disabled = True
 
     def _show(self, live: Live) -> None:
         s, g = live.settings, live.generation
@@ -893,6 +1020,15 @@ class Dashboard:
                 length,
                 note="One row a layer, up to six of them; generated tokens enter at the right.",
             )
+
+
+def _small(text: str) -> str:
+    return f'<div style="font-size:12px;line-height:1.4">{escape(text)}</div>'
+
+
+def _how(found: archives.Measurement) -> str:
+    """How an acceptance was measured, in words."""
+    return "teacher-forced" if found.gamma is None else f"generated at gamma {found.gamma}"
 
 
 def _budget(budget: int | None) -> str:

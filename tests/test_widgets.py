@@ -50,8 +50,15 @@ def test_archive_finds_what_fits_and_nothing_else():
     assert store.find(policy="snapkv", budget=None, **where) is full
     assert store.find(policy="snapkv", budget=256, **where) is None
     assert store.values("budget") == [256, None]
-    assert store.nearest_context(512) == 4096
-    assert Archive([]).nearest_context(512) is None
+    assert store.values("budget", policy=None) == [None]
+    assert store.values("context", text="talks") == []
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_of_two_measurements_the_one_of_more_windows_counts(order):
+    few, many = measured(samples=2, acceptance=0.1), measured(samples=8, acceptance=0.4)
+    store = Archive([few, many][::order])
+    assert store.find("books", few.drafter, few.policy, 256, 4096, 0.0) is many
 
 
 def agreement(path, mean=0.5):
@@ -69,7 +76,7 @@ def test_agreement_file_is_read_for_both_verifiers(tmp_path):
     assert store.find("talk", "d", "sink_window", 128, 1024, 1.0).acceptance == 0.45
 
 
-def test_sweep_is_read_without_its_loops(tmp_path):
+def test_a_sweep_keeps_its_ways_of_measuring_apart(tmp_path):
     path = tmp_path / "results.csv"
     path.write_text(
         "regime,drafter,policy,budget,context,gamma,text,temperature,refresh,looping,windows,"
@@ -77,12 +84,18 @@ def test_sweep_is_read_without_its_loops(tmp_path):
         "speedup_decode\n"
         "sampling,d,snapkv,128,2048,4,books,0.7,,false,3,0.6 0.5,0.4,0.3,0.5,,,1.5\n"
         "greedy,d,snapkv,128,2048,4,books,0,,true,3,0.9 0.9,0.8,0.7,0.9,,,2.5\n"
+        "chat,d,snapkv,128,2048,4,books,0,,false,3,0.2 0.1,0.15,0.1,0.2,,,0.9\n"
+        "greedy,d,snapkv,128,4096,4,books,0,32,false,3,0.2 0.1,0.15,0.1,0.2,,,0.9\n"
         "teacher-forced,d,full,,2048,,books,,,,3,0.55 0.5,,,,0.55,0.6,\n"
     )
     store = Archive.read([path])
-    drawn = store.find("books", "d", "snapkv", 128, 2048, 0.7, gamma=4)
+    where = ("d", "snapkv", 128, 2048)
+    drawn = store.find("books, continued", *where, 0.7, gamma=4)
     assert (drawn.acceptance, drawn.by_step, drawn.speedup) == (0.4, (0.6, 0.5), 1.5)
-    assert store.find("books", "d", "snapkv", 128, 2048, 0.0, gamma=4) is None
+    assert store.find("books, continued in loops", *where, 0.0, gamma=4).speedup == 2.5
+    assert store.find("books, chat", *where, 0.0, gamma=4).speedup == 0.9
+    assert store.find("books", *where, 0.0, gamma=4) is None
+    assert store.values("context") == [2048]  # what selects anew is another method
     assert store.find("books", "d", "snapkv", None, 2048, 0.0).acceptance == 0.55
     assert store.find("books", "d", "snapkv", None, 2048, 1.0).acceptance == 0.6
 
@@ -116,7 +129,7 @@ def test_speed_from_bytes():
 
 def test_shipped_archive_is_whole():
     """What the dashboard shows at first is there, for every shipped drafter."""
-    store, held = Archive.read(), Selections.read()
+    store, held = Archive.read(), Selections.read_all()[4096]
     for drafter in ("budgetdraft", "budgetdraft-feature"):
         for budget in widgets.BUDGETS:
             for temperature in (0.0, 1.0):
@@ -178,6 +191,16 @@ def test_map_draws_runs_and_marks_the_chosen_row():
     assert bold == ["T", "p"]
 
 
+def test_a_legend_of_many_names_stays_inside_the_picture():
+    names = {f"a policy of many letters {i}": Line([0.5]) for i in range(6)}
+    root = ET.fromstring(widgets.chart("T", ["x"], names, xlabel="b", top=1.0))
+    width = float(root.get("viewBox").split()[2])
+    placed = [t for t in root.iter("text") if t.text in names]
+    assert len(placed) == 6
+    assert all(float(t.get("x")) + 6.4 * len(t.text) < width for t in placed)
+    assert len({t.get("y") for t in placed}) > 1
+
+
 # -------------------------------------------------------------------------- dashboard
 @pytest.fixture
 def board():
@@ -187,7 +210,7 @@ def board():
         for p in ("chunk_topk_recent", "sink_window")
     ]
     maps = {("budgetdraft-feature", "sink_window", 128): (1.0, 0.0, 1.0, 1.0)}
-    return Dashboard(Archive(points), Selections(4096, "toy", maps), FakeEngine())
+    return Dashboard(Archive(points), {4096: Selections(4096, "toy", maps)}, FakeEngine())
 
 
 class FakeEngine:
@@ -217,17 +240,109 @@ def test_moving_the_budget_changes_number_figure_and_map(board):
     assert board.html["left"].value != before["left"]
     assert "sink_window" in texts(board.html["map"].value)
     board.controls["policy"].value = "snapkv"
-    assert "not archived" in board.html["numbers"].value
+    assert "not measured" in board.html["numbers"].value
     board.set(temperature=0.7)
     assert "run it" in board.html["left"].value
     board.set(budget=None, policy="snapkv", temperature=0.0)
     assert "55.0%" in board.html["numbers"].value
 
 
-def test_a_far_context_is_said(board):
-    board.set(context=16_384)
-    assert "context 4,096 (nearest to 16,384)" in board.html["left"].value
-    assert "at context 16,384" in board.html["numbers"].value
+def test_what_was_not_measured_is_said_and_nothing_is_drawn(board):
+    assert "Archived: " in board.html["source"].value
+    board.set(context=16_384, budget=128)
+    for picture in ("left", "right"):
+        assert "not measured" in texts(board.html[picture].value)
+        assert list(ET.fromstring(board.html[picture].value).iter("path")) == []
+    assert "not measured" in board.html["numbers"].value
+    assert "Archived contexts: 4,096." in board.html["source"].value
+    assert "4,096 tokens; none is recorded at 16,384" in board.html["map"].value
+    board.set(context=4096, temperature=1.0)
+    assert "Archived temperatures: 0." in board.html["source"].value
+    board.set(temperature=0.0, drafter="self")
+    assert "Nothing of this drafter is archived for books." in board.html["source"].value
+    assert not board.run_button.disabled
+
+
+def test_the_controls_have_what_the_archive_has():
+    odd = {"budget": 64, "context": 3000, "policy": "oracle", "temperature": 0.3, "text": "talks"}
+    fast = measured(text="talks, chat", temperature=0.0, gamma=3, speedup=1.25)
+    board = Dashboard(Archive([measured(**odd, drafter="mine"), fast]), {}, FakeEngine())
+    board.set(**odd, drafter="mine")
+    assert "50.0%" in board.html["numbers"].value
+    assert {"0.50", "oracle", "64"} < set(texts(board.html["left"].value))
+    assert "mine has no checkpoint here" in board.html["training"].value
+    assert board.run_button.disabled
+    board.run()
+    assert not board.running
+    board.set(**{name: getattr(fast, name) for name in (*odd, "gamma", "drafter")})
+    assert "measured and archived: 1.25x" in board.html["numbers"].value
+    assert "speed-up, measured" in texts(board.html["right"].value)
+    assert "generated at gamma 3" in board.html["source"].value
+
+
+# ---------------------------------------------------------------------------- lambda
+def checkpoint(folder, name, weight, **settings):
+    """A drafter's folder as it is saved, with nothing in it but how it was trained."""
+    settings = {"steps": 9, "views": 2, **settings}
+    if weight is not None:
+        settings["objective"] = {"full": "ce", "sparse": "ce", "weight": weight, "beta": 0.0}
+    made = {"settings": settings, "windows": {"64": 2}, "corpus": {"toy": "0"}}
+    (folder / name).mkdir()
+    document = {"schema": 1, "kind": "standalone", "taps": [], "config": {}, "provenance": made}
+    (folder / name / "drafter.json").write_text(json.dumps(document))
+
+
+def test_checkpoints_are_told_apart_by_lambda(tmp_path):
+    checkpoint(tmp_path, "main", 0.5)
+    checkpoint(tmp_path, "full-only", 0.0, views=0)
+    checkpoint(tmp_path, "longer", 1.0, steps=10)
+    checkpoint(tmp_path, "again", 0.5)
+    checkpoint(tmp_path, "silent", None)
+    (tmp_path / "being-written").mkdir()
+    found = archive.checkpoints(tmp_path)
+    assert {name: one.weight for name, one in found.items()} == {
+        "main": 0.5,
+        "full-only": 0.0,
+        "longer": 1.0,
+        "again": 0.5,
+        "silent": None,
+    }
+    assert archive.by_weight("main", found) == {0.0: "full-only", 0.5: "main"}
+    assert archive.by_weight("again", found) == {0.0: "full-only", 0.5: "again"}
+    assert archive.by_weight("longer", found) == {1.0: "longer"}
+    assert archive.by_weight("silent", found) == archive.by_weight("self", found) == {}
+    assert archive.checkpoints(tmp_path / "nowhere") == {}
+    (tmp_path / "main" / "drafter.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"main.drafter\.json is not a drafter's"):
+        archive.checkpoints(tmp_path)
+
+
+def test_lambda_takes_the_drafter_that_was_trained_with_it(tmp_path):
+    checkpoint(tmp_path, "main", 0.5)
+    checkpoint(tmp_path, "full-only", 0.0, views=0)
+    checkpoint(tmp_path, "other", 0.5, steps=10)
+    points = [measured(drafter="main", acceptance=0.4), measured(drafter="other")]
+    board = Dashboard(Archive(points), {}, FakeEngine(), checkpoints=archive.checkpoints(tmp_path))
+    board.set(drafter="main")
+    assert [value for _, value in board.weight.options] == [0.0, 0.5]
+    assert "40.0%" in board.html["numbers"].value
+    assert "No checkpoint was trained like it with lambda 1." in board.html["training"].value
+    board.weight.value = 0.0
+    assert board.settings.drafter == "full-only"
+    assert "not measured" in board.html["numbers"].value  # there, but not in the archive
+    assert "0 (full-only)" not in board.html["training"].value
+    board.set(drafter="other")
+    assert (board.weight.value, board.weight.disabled) == (0.5, True)
+    assert "lambda 0 or 1" in board.html["training"].value
+    board.set(drafter="ngram")
+    assert board.weight.value is None
+    assert "not trained" in board.html["training"].value
+
+
+def test_shipped_checkpoints_say_their_lambda():
+    found = archive.checkpoints()
+    assert found["budgetdraft"].weight == 0.5
+    assert archive.by_weight("budgetdraft", found)[0.5] == "budgetdraft"
 
 
 def test_lecture_fills_50_minutes_with_settings_that_exist(board):
@@ -321,7 +436,7 @@ def test_engine_stops_within_a_pass(engine):
 
 
 def test_dashboard_shows_a_run(engine):
-    board = Dashboard(Archive([]), Selections(0, "", {}), engine)
+    board = Dashboard(Archive([]), {}, engine)
     board.engine.run = lambda settings, *rest: Engine.run(
         engine, replace(settings, context=300, budget=64, policy="sink_window"), *rest
     )
