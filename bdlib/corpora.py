@@ -17,6 +17,7 @@ an exact number of tokens.
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import random
@@ -415,10 +416,18 @@ def _checked_tokens(tokens: int) -> int:
     return tokens
 
 
-def _encode_document(tokenizer: Any, document: Document) -> list[int]:
+def _encode_document(tokenizer: Any, document: Document) -> torch.Tensor:
     if not document.text.strip():
         raise CorpusError(f"the text of {document.name!r} is empty")
-    return _encode(tokenizer, document.text)
+    return _encoded(tokenizer, document.text)
+
+
+@functools.lru_cache(maxsize=32)
+def _encoded(tokenizer: Any, text: str) -> torch.Tensor:
+    """Token ids as an int32 tensor. Kept: a novel takes a second, and is cut into many windows."""
+    import torch
+
+    return torch.tensor(_encode(tokenizer, text), dtype=torch.int32)
 
 
 def window(tokenizer: Any, document: Document, tokens: int, offset: int = 0) -> torch.Tensor:
@@ -445,7 +454,7 @@ def window(tokenizer: Any, document: Document, tokens: int, offset: int = 0) -> 
         raise CorpusError(
             f"{document.name!r} has {len(ids)} tokens, but {tokens} were asked for{start}"
         )
-    return torch.tensor(ids[offset : offset + tokens], dtype=torch.long)
+    return ids[offset : offset + tokens].long()
 
 
 def windows(
@@ -476,7 +485,7 @@ def windows(
     generator = random.Random(seed)
     order = list(documents)
     generator.shuffle(order)
-    eligible: list[tuple[Document, list[int]]] = []
+    eligible: list[tuple[Document, torch.Tensor]] = []
     lengths: dict[str, int] = {}
     for document in order:
         ids = _encode_document(tokenizer, document)
@@ -517,7 +526,7 @@ def windows(
     for index, part in turns:
         document, ids = eligible[index]
         offset = offsets[index][part]
-        piece = torch.tensor(ids[offset : offset + tokens], dtype=torch.long)
+        piece = ids[offset : offset + tokens].long()
         result.append((document, offset, piece))
     return result
 
@@ -541,8 +550,7 @@ def tiles(
     generator = random.Random(seed)
     pieces = []
     for document in documents:
-        ids = torch.tensor(_encode_document(tokenizer, document), dtype=torch.long)
-        whole = list(ids.split(tokens))
+        whole = list(_encode_document(tokenizer, document).long().split(tokens))
         if len(whole[-1]) < tokens:
             whole.pop()
         pieces += generator.sample(whole, round(len(whole) * min(document.weight, 1.0)))
@@ -605,5 +613,6 @@ def chat_request(
             f"{document.name!r} has {len(ids)} tokens, but a chat prompt of {tokens} needs "
             f"{needed} of it{start}"
         )
-    passage = ids[offset : offset + needed]
-    return torch.tensor(head + passage + tail, dtype=torch.long)
+    passage = ids[offset : offset + needed].long()
+    frame = [torch.tensor(part, dtype=torch.long) for part in (head, tail)]
+    return torch.cat((frame[0], passage, frame[1]))

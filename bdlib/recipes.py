@@ -161,24 +161,15 @@ RECIPES: dict[str, Recipe] = {
         Recipe(
             "budgetdraft-feature-answers",
             "The feature-conditioned drafter, trained on with more of the target's own answers.",
-            replace(_FEATURE, steps=2000, warmup=30, lr=1e-3),
+            replace(_FEATURE, steps=1500, warmup=30, lr=1e-3),
             kind="feature",
             spoken={2048: 48},
             own=(
                 ContinuationSettings(
-                    512, length=576, answer=288, temperature=0.6, batch=32, seed=1, spoken=0.4
+                    256, length=576, answer=288, temperature=0.6, batch=64, seed=1, spoken=0.4
                 ),
                 ContinuationSettings(
-                    24, length=4096, answer=256, temperature=0.6, batch=8, seed=2, spoken=0.4
-                ),
-                ContinuationSettings(
-                    32,
-                    length=1024,
-                    answer=968,
-                    temperature=0.9,
-                    batch=32,
-                    seed=3,
-                    source="transcript",
+                    8, length=4096, answer=256, temperature=0.6, batch=8, seed=2, spoken=0.4
                 ),
             ),
             start="budgetdraft-feature",
