@@ -686,9 +686,10 @@ class Dashboard:
         first_row = [shown.pop(name) for name in ("budget", "gamma", "context", "temperature")]
         knobs = [*first_row, shown.pop("drafter"), self.weight, *shown.values()]
         # One button, shown twice: beside what is not measured, and above what a run shows.
-        offer = ipw.HBox([self.run_button, self.html["source"]])
+        level = ipw.Layout(align_items="center")
+        offer = ipw.HBox([self.run_button, self.html["source"]], layout=level)
         offer.add_class("bd-offer")
-        runs = ipw.HBox([self.run_button, self.cancel_button, self.html["status"]])
+        runs = ipw.HBox([self.run_button, self.cancel_button, self.html["status"]], layout=level)
         runs.add_class("bd-runs")
         self.view = ipw.VBox(
             [
