@@ -545,6 +545,73 @@ def gpu(
     raise typer.Exit(1 if report["faults"] else 0)
 
 
+@bench.command()
+def baselines(
+    out: Annotated[Path, typer.Option(help="FILE.csv; what a stopped run measured stays in it.")],
+    texts: Annotated[
+        str, typer.Option(help="A file or folder of text, or embedded:train|held-out|all.")
+    ] = "embedded:held-out",
+    methods: Annotated[
+        str, typer.Option(help="Names with commas between, NAME:GAMMA too; all if unset.")
+    ] = "",
+    regime: Annotated[str, typer.Option(help="greedy, sampling or chat.")] = "chat",
+    context: Annotated[int, typer.Option(help="Tokens of prompt and output together.")] = 2048,
+    samples: Annotated[int, typer.Option(help="Windows of text.")] = 4,
+    new_tokens: Annotated[int, typer.Option(help="Tokens to generate per window.")] = 64,
+    gamma: Annotated[int, typer.Option(help="Tokens drafted per round.")] = 4,
+    budget: Annotated[int, typer.Option(help="Entries of every sparse cache.")] = 256,
+    repeats: Annotated[int, typer.Option(help="Turns per window; times are medians.")] = 1,
+    drafters: Annotated[
+        Path | None, typer.Option(help="Folder of drafters besides the shipped ones.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Chooses windows and what sampling draws.")] = 0,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float32 or float64.")] = "auto",
+) -> None:
+    """Every method on the same prompts: ours, transformers', lookup, self-speculation, TriForce."""
+    from tqdm import tqdm
+
+    from bdlib import baselines as comparing
+
+    settings = comparing.BaselineSettings(
+        methods=tuple(name.strip() for name in methods.split(",") if name.strip()),
+        regime=regime,
+        context=context,
+        samples=samples,
+        new_tokens=new_tokens,
+        gamma=gamma,
+        budget=budget,
+        text=texts,
+        drafters=None if drafters is None else str(drafters),
+        repeats=repeats,
+        seed=seed,
+        dtype=dtype,
+    )
+    text = texts if texts.startswith("embedded:") else "TEXTS"
+    command = (
+        f"python -m bdlib bench baselines --texts {text} --regime {regime} --context {context}"
+    )
+    command += f" --samples {samples} --new-tokens {new_tokens} --gamma {gamma} --budget {budget}"
+    command += f" --repeats {repeats} --seed {seed} --out FILE.csv"
+    command += f" --methods {methods}" if methods else ""
+    command += " --drafters DRAFTERS" if drafters else ""
+    with tqdm(unit="decoding", file=sys.stderr) as bar:
+
+        def show(words: str) -> None:
+            bar.set_postfix_str(words, refresh=False)
+            bar.update()
+
+        try:
+            records = comparing.run(settings, out, command, show)
+        except KeyboardInterrupt:
+            bar.leave = False
+            typer.echo(f"stopped; the same command goes on in {out.name}", err=True)
+            raise typer.Exit(130) from None
+        except Exception:
+            bar.leave = False  # the error's line stands alone
+            raise
+    typer.echo(comparing.table(records))
+
+
 kernels = typer.Typer(help="The Triton kernels, without a GPU.")
 app.add_typer(kernels, name="kernels", no_args_is_help=True)
 
