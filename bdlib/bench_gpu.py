@@ -32,7 +32,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bdlib import corpora, measure, models, objectives, recipes, teacher, views
+from bdlib import assets, corpora, measure, models, objectives, recipes, teacher, views
 from bdlib.budgets import fixed
 from bdlib.corpora import Document
 from bdlib.drafters import Drafter, ModelDrafter, SelfDrafter
@@ -856,12 +856,8 @@ def _rate(sizes, kind: str, how: str, lines: list[dict], first: dict[str, float]
 def write(out: Path, report: Mapping[str, Any]) -> None:
     """``report.json`` and ``report.html``, each under a temporary name first."""
     measure.write_json(out / "report.json", report)
-    scratch = out / f".report.html.{os.getpid()}.writing"
-    try:
+    with assets.replacing(out / "report.html") as scratch:
         scratch.write_text(page(report), encoding="utf-8")
-        os.replace(scratch, out / "report.html")
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def page(report: Mapping[str, Any]) -> str:

@@ -9,6 +9,7 @@ another; :func:`check` lists what breaks that, :func:`strip` repairs what can be
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 import tempfile
@@ -141,23 +142,31 @@ def run(
 def _run_one(path: Path, destination: Path, profile: str, progress: bool) -> Failure | None:
     import papermill
 
+    # papermill stores the copy after every cell: under another name until the run is over.
+    scratch = destination.resolve().with_name(f".{path.stem}.writing.ipynb")
     # A kernel starts in an empty folder, so that a lesson cannot rely on where it lies.
     with tempfile.TemporaryDirectory() as empty:
         try:
             papermill.execute_notebook(
                 path.resolve(),
-                destination.resolve(),
+                scratch,
                 parameters={"profile": profile},
                 kernel_name="python3",
                 language="python",
                 cwd=empty,
                 progress_bar={"desc": "  cells"} if progress else False,
             )
+            os.replace(scratch, destination)
         except papermill.PapermillExecutionError as error:
+            os.replace(scratch, destination)  # it shows the error where it happened
             cell = _stored_cell(path, error.cell_index)
             return Failure(label(path), cell, f"{error.ename}: {error.evalue}")
+        except OSError as error:
+            return Failure(label(path), None, f"{error}; the copy was to be {destination}")
         except Exception as error:  # a kernel that does not start or dies, a damaged notebook
             return Failure(label(path), None, f"{type(error).__name__}: {error}")
+        finally:
+            scratch.unlink(missing_ok=True)
     return None
 
 

@@ -906,9 +906,5 @@ def write_json(path: str | os.PathLike[str], document: Mapping[str, Any]) -> Non
     """
     path = check_output(path)
     text = json.dumps(document, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
+    with assets.replacing(path) as scratch:
         scratch.write_text(text, encoding="utf-8")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)

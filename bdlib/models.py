@@ -19,7 +19,6 @@ stored in 8 bits with a scale a row, half the size of bfloat16, and come back in
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -254,6 +253,8 @@ def save_drafter(
     """Write a drafter's folder; each file under a temporary name first."""
     from safetensors.torch import save_file
 
+    from bdlib import assets
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
@@ -271,16 +272,16 @@ def save_drafter(
         "config": drafter.config.to_hf(torch.bfloat16),
         "provenance": dict(provenance or {}),
     }
-    scratch = {
-        name: folder / f"{name}.writing" for name in (WEIGHTS_FILE, CONFIG_FILE, "README.md")
-    }
-    save_file({k: v.contiguous() for k, v in weights.items()}, scratch[WEIGHTS_FILE])
-    scratch[CONFIG_FILE].write_text(json.dumps(meta, indent=2) + "\n", encoding="utf8")
-    scratch["README.md"].write_text(card, encoding="utf8")
-    # safetensors leaves files that only their owner may read: as the umask says instead.
-    shutil.copymode(scratch[CONFIG_FILE], scratch[WEIGHTS_FILE])
-    for name, written in scratch.items():
-        os.replace(written, folder / name)
+    with assets.replacing(
+        folder / WEIGHTS_FILE
+    ) as scratch:  # one in another: all are written first
+        save_file({k: v.contiguous() for k, v in weights.items()}, scratch)
+        with assets.replacing(folder / CONFIG_FILE) as config:
+            config.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf8")
+            # safetensors leaves files that only their owner may read: as the umask says instead.
+            shutil.copymode(config, scratch)
+            with assets.replacing(folder / "README.md") as about:
+                about.write_text(card, encoding="utf8")
 
 
 def checkpoint(name: str) -> Path:
@@ -358,4 +359,5 @@ def load_drafter(
     if vocabulary is None and config.tie_embeddings:
         drafter.head.weight = drafter.embedding
     drafter.requires_grad_(False)
+    del weights, state  # packing copies: what is not held here is freed as it goes
     return drafter.pack() if pack else drafter

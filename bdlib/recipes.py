@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from bdlib import models, teacher
+from bdlib import assets, models, teacher
 from bdlib.budgets import BudgetSampler, fixed
 from bdlib.continuations import ContinuationSettings, continued, prompts
 from bdlib.objectives import Objective
@@ -408,12 +408,13 @@ def save(recipe: Recipe, trainer: Trainer, out: Path) -> Path:
     }
     if recipe.kind == "hub":
         trainer.model.save(folder)
-        (folder / "README.md").write_text(card(recipe, provenance), encoding="utf8")
+        with assets.replacing(folder / "README.md") as scratch:
+            scratch.write_text(card(recipe, provenance), encoding="utf8")
     else:
         models.save_drafter(trainer.model, folder, card(recipe, provenance), provenance)
     if (out / LOG).is_file():
-        shutil.copyfile(out / LOG, folder / f"{LOG}.writing")
-        (folder / f"{LOG}.writing").replace(folder / LOG)
+        with assets.replacing(folder / LOG) as scratch:
+            shutil.copyfile(out / LOG, scratch)
     return folder
 
 

@@ -14,11 +14,12 @@ version that the ``serving`` extra pins; a test compares them with an installed 
 from __future__ import annotations
 
 import json
-import os
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from bdlib import assets
 
 if TYPE_CHECKING:
     from bdlib.pairs import Pair
@@ -199,7 +200,7 @@ def _refuse_feature(name: str, taps: list[int], engine: str) -> None:
 
 def _drafter_meta(source: str | Path) -> tuple[Path | None, dict[str, Any]]:
     """Folder and ``drafter.json`` of a trained drafter; (None, {}) for a plain model."""
-    from bdlib import assets, models
+    from bdlib import models
 
     folder = Path(source).expanduser()
     root = assets.checkout()
@@ -292,9 +293,8 @@ def export(
 
 
 def _write(path: Path, text: str) -> None:
-    scratch = path.with_name(f"{path.name}.writing")
-    scratch.write_text(text, encoding="utf8")
-    os.replace(scratch, path)
+    with assets.replacing(path) as scratch:
+        scratch.write_text(text, encoding="utf8")
 
 
 def command(served: str, folder: str | Path, positions: int) -> str:

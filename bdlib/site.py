@@ -2,14 +2,18 @@
 
 :func:`build` converts every stored notebook with nbconvert and makes an index page from the README's
 table of lessons. Links between notebooks become links between pages. A figure's alternative text is the
-sentence that follows it in the lesson (*In words:* ...). Nothing is run. Formulas are drawn by MathJax,
-which a page loads from the network; without it they are read as TeX.
+sentence that follows it in the lesson (*In words:* ...). Nothing is run.
+
+Contract: a page needs no network. Formulas are drawn once, here, by matplotlib's mathtext, as vector
+pictures whose alternative text is their TeX; a page loads no script.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,18 @@ from bdlib import assets, lessons
 IN_WORDS = "*In words:*"
 HEADING = "## The lessons"
 STYLE = "<style>.rendered_html :is(td, th) {text-align: left !important}</style>"
+# The template of nbconvert without the scripts that it would load: for widgets, diagrams, formulas.
+TEMPLATE = """{% extends 'index.html.j2' %}
+{% block html_head_js %}{% endblock %}
+{% block jupyter_widgets %}{% endblock %}
+{% block html_head_js_mathjax %}{% endblock %}"""
+# What mathtext writes otherwise, or sizes by itself.
+TO_MATHTEXT = (
+    (r"\\(le|ge)(?![a-zA-Z])", r"\\\1q"),
+    (r"\\[bB]igg?[lr]?(?![a-zA-Z])", ""),
+    (r"\\bmod(?![a-zA-Z])", r"\\;\\mathrm{mod}\\;"),
+    (r"\\[td]frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+)
 
 
 def build(
@@ -43,7 +59,7 @@ def build(
     out = Path(out) if out is not None else root / "build" / "site"
     out.mkdir(parents=True, exist_ok=True)
     index = out / "index.html"
-    index.write_text(index_page(root / "README.md"), encoding="utf8")
+    _write(index, index_page(root / "README.md"))
     pages = [index]
     for path in lessons.find() if paths is None else paths:
         page = out / Path(lessons.label(path)).with_suffix(".html")
@@ -51,9 +67,14 @@ def build(
             progress(lessons.label(path))
         page.parent.mkdir(parents=True, exist_ok=True)
         home = "../" * (len(page.relative_to(out).parts) - 1) + index.name
-        page.write_text(lesson_page(path, home), encoding="utf8")
+        _write(page, lesson_page(path, home))
         pages.append(page)
     return pages
+
+
+def _write(page: Path, html: str) -> None:
+    with assets.replacing(page) as scratch:
+        scratch.write_text(html, encoding="utf8")
 
 
 def lesson_page(path: Path, home: str = "index.html") -> str:
@@ -114,10 +135,68 @@ def _title(notebook: Any) -> str:
     return notebook.cells[0].source.splitlines()[0].removeprefix("# ").strip()
 
 
+@functools.cache
+def formula(tex: str, display: bool = False) -> str:
+    """A formula as a picture in SVG, as high as the text around it.
+
+    ``display`` sets it on a line of its own. What mathtext cannot draw is shown as TeX.
+    """
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.path import Path as Curve
+    from matplotlib.textpath import text_to_path
+
+    written = " ".join(tex.split())
+    for pattern, other in TO_MATHTEXT:
+        written = re.sub(pattern, other, written)
+    size = 100  # units of an em
+    font = FontProperties(size=size, math_fontfamily="stix")
+    try:
+        box = text_to_path.get_text_width_height_descent(f"${written}$", font, ismath=True)
+        points, codes = text_to_path.get_text_path(font, f"${written}$", ismath=True)
+    except ValueError:  # not in mathtext's part of TeX
+        return f"<code>{escape(tex.strip())}</code>"
+    letters = {Curve.MOVETO: "M", Curve.LINETO: "L", Curve.CURVE3: "Q", Curve.CURVE4: "C"}
+    steps = [
+        "Z"
+        if code == Curve.CLOSEPOLY
+        else letters[code] + " ".join(f"{x:.0f} {-y:.0f}" for x, y in points.reshape(-1, 2))
+        for points, code in Curve(points, codes).iter_segments(curves=True, simplify=False)
+    ]
+    width, height, below = (round(length + 4) for length in box)  # a little room around it
+    em = 1.15 / size  # these letters are small for their size
+    picture = (
+        f'<svg role="img" aria-label="{escape(tex.strip())}" fill="currentColor"'
+        f' viewBox="-2 {below - height} {width} {height}" style="width:{width * em:.2f}em;'
+        f'height:{height * em:.2f}em;vertical-align:{-below * em:.2f}em">'
+        f'<path d="{"".join(steps)}"/></svg>'
+    )
+    if not display:
+        return picture
+    return f'<span style="display:block;text-align:center;overflow-x:auto;margin:1em 0">{picture}</span>'
+
+
+def _markdown(source: str) -> str:
+    from nbconvert.filters.markdown_mistune import IPythonRenderer, MarkdownWithMath
+
+    class Drawing(IPythonRenderer):
+        def inline_math(self, body: str) -> str:
+            return formula(body)
+
+        def block_math(self, body: str) -> str:
+            return formula(body, display=True)
+
+    return MarkdownWithMath(renderer=Drawing(escape=False)).render(source)
+
+
 def _page(notebook: Any, title: str, home: str | None = None) -> str:
     from nbconvert import HTMLExporter
 
-    exporter = HTMLExporter(template_name="classic", exclude_input_prompt=True)
+    exporter = HTMLExporter(
+        template_name="classic",
+        raw_template=TEMPLATE,
+        filters={"markdown2html": _markdown},
+        exclude_input_prompt=True,
+    )
     exporter.exclude_output_prompt = True
     html, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
     html = html.replace("</head>", f"{STYLE}</head>", 1)

@@ -984,15 +984,13 @@ _FLAGS = ("looping", *ALL)
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
-        with scratch.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.writer(file, lineterminator="\n")
-            writer.writerow(columns)
-            writer.writerows([_written(row[name]) for name in columns] for row in rows)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with (
+        assets.replacing(path) as scratch,
+        scratch.open("w", encoding="utf-8", newline="") as file,
+    ):
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(columns)
+        writer.writerows([_written(row[name]) for name in columns] for row in rows)
 
 
 def _written(value: Any) -> str:

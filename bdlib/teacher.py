@@ -24,6 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bdlib import assets
 from bdlib.cache import KVCache
 from bdlib.objectives import TeacherTarget
 from bdlib.transformer import Decoder
@@ -247,20 +248,34 @@ def _prepare(folder: Path, meta: dict, shapes: dict, tokens: np.ndarray) -> None
         return
     folder.mkdir(parents=True, exist_ok=True)
     for name, (shape, kind) in shapes.items():
-        array = np.lib.format.open_memmap(folder / f"{name}.npy", "w+", dtype=kind, shape=shape)
+        file = folder / f"{name}.npy"
+        array = np.lib.format.open_memmap(file, "w+", dtype=kind, shape=shape)
+        _take_room(file)
         if name == "tokens":
             array[:] = tokens
         array.flush()
     _write_done(folder, 0)
-    scratch = folder / "teacher.json.writing"
-    scratch.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf8")
-    os.replace(scratch, folder / "teacher.json")  # last: the folder counts from here on
+    with assets.replacing(
+        folder / "teacher.json"
+    ) as scratch:  # last: the folder counts from here on
+        scratch.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf8")
+
+
+def _take_room(file: Path) -> None:
+    """Take a file's whole size on the disk now: a write through a memory map to a full disk is no error
+    that could be reported, it ends the process."""
+    if not hasattr(os, "posix_fallocate"):  # macOS
+        return
+    with file.open("r+b") as opened:
+        try:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(file)) from error
 
 
 def _write_done(folder: Path, done: int) -> None:
-    scratch = folder / "done.writing.npy"
-    np.save(scratch, np.int64(done))
-    os.replace(scratch, folder / "done.npy")
+    with assets.replacing(folder / "done.npy") as scratch, scratch.open("wb") as file:
+        np.save(file, np.int64(done))
 
 
 @torch.inference_mode()

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bdlib import assets
 from bdlib.budgets import BudgetSampler
 from bdlib.models import FeatureDecoder, row_of
 from bdlib.objectives import Branch, Objective, TeacherTarget, branch
@@ -372,9 +372,8 @@ class Trainer:
             "model": {k: v for k, v in self.model.state_dict().items() if k != "embedding"},
             "optimiser": self.optimiser.state_dict(),
         }
-        scratch = self.folder / f"{CHECKPOINT}.writing"
-        torch.save(state, scratch)
-        os.replace(scratch, self.folder / CHECKPOINT)
+        with assets.replacing(self.folder / CHECKPOINT) as scratch:
+            torch.save(state, scratch)
 
     def _resume(self) -> None:
         file = self.folder / CHECKPOINT
@@ -401,9 +400,8 @@ class Trainer:
         file = self.folder / LOG
         if file.exists():
             lines = file.read_text(encoding="utf8").splitlines()[: self.step]
-            scratch = self.folder / f"{LOG}.writing"
-            scratch.write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
-            os.replace(scratch, file)
+            with assets.replacing(file) as scratch:
+                scratch.write_text("".join(f"{line}\n" for line in lines), encoding="utf8")
 
 
 def _plain(settings: TrainSettings) -> dict[str, Any]:

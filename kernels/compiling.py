@@ -17,7 +17,6 @@ import hashlib
 import importlib
 import inspect
 import json
-import os
 import re
 import subprocess
 import tempfile
@@ -30,6 +29,7 @@ from typing import Any
 
 import torch
 
+from bdlib import assets
 from bdlib.kernels.launching import Configuration
 from bdlib.kernels.lazy import Device, interpreted, triton_installed
 
@@ -357,15 +357,13 @@ def summary(rows: Sequence[Compiled]) -> str:
 
 def _write_csv(path: Path, rows: list[Compiled]) -> None:
     """Write under a temporary name, then rename: the file is complete or absent."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.writing")
-    try:
-        with scratch.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, [f.name for f in fields(Compiled)], lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(asdict(row) for row in rows)
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
+    with (
+        assets.replacing(path) as scratch,
+        scratch.open("w", newline="", encoding="utf-8") as file,
+    ):
+        writer = csv.DictWriter(file, [f.name for f in fields(Compiled)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(row) for row in rows)
 
 
 def read_table(folder: Path) -> tuple[list[dict[str, str]], dict[str, Any]]:
