@@ -1891,3 +1891,292 @@ def check_break_even(
         f"break_even{(gamma, c, v)} is {answer:.3f}; at that acceptance a round gives"
         f" {_series(answer, gamma):.3f} tokens and costs {gamma * c + v:.3f} steps: make them equal",
     )
+
+
+# -------------------------------------------------------------------- lesson 09
+
+_MADE_UP_SPEEDS = (
+    # document, method, engine, tokens/s by sample, acceptance, tokens a round, near-ties only
+    ("a", "plain", "bdlib", (20,), None, 1.0, True),
+    ("a", "self", "bdlib", (33,), 0.90, 3.8, True),
+    ("a", "lookup", "bdlib", (45,), 0.60, 2.9, True),
+    ("a", "small", "bdlib", (30,), 0.40, 2.2, True),
+    ("a", "careless", "bdlib", (90,), 0.95, 4.0, False),
+    ("b", "plain", "bdlib", (24,), None, 1.0, True),
+    ("b", "lookup", "bdlib", (22,), 0.05, 1.1, True),
+    ("b", "small", "bdlib", (20,), 0.30, 1.8, True),
+    ("c", "plain", "bdlib", (20,), None, 1.0, True),
+    ("c", "lookup", "bdlib", (25,), 0.10, 1.3, True),
+    ("c", "self", "bdlib", (18,), 0.85, 2.4, True),
+    ("c", "small", "bdlib", (41,), 0.50, 2.5, True),
+    ("c", "careless", "bdlib", (90,), 0.95, 4.0, False),
+    ("d", "plain", "bdlib", (20, 20), None, 1.0, True),
+    ("d", "lookup", "bdlib", (80, 12), 0.40, 2.0, True),
+    ("d", "small", "bdlib", (50, 48), 0.55, 2.7, True),
+    ("e", "plain", "bdlib", (20,), None, 1.0, True),
+    ("e", "lookup", "bdlib", (30,), 0.30, 1.7, True),
+    ("f", "plain", "bdlib", (20,), None, 1.0, True),
+    ("f", "lookup", "bdlib", (50,), 0.60, 2.9, True),
+    ("f", "theirs", "transformers", (60,), 0.65, 3.0, True),
+    ("f", "small", "bdlib", (30,), 0.40, 2.3, True),
+)
+
+
+def _losing_records() -> list[dict[str, Any]]:
+    """Made-up records in which each mistake below shows."""
+    return [
+        {
+            "document": document,
+            "sample": sample,
+            "method": method,
+            "engine": engine,
+            "tokens_per_second": float(speed),
+            "acceptance_rate": acceptance,
+            "accepted_length": length,
+            "identical": ties,
+            "near_ties_only": ties,
+        }
+        for document, method, engine, speeds, acceptance, length, ties in _MADE_UP_SPEEDS
+        for sample, speed in enumerate(speeds)
+    ]
+
+
+def _losses(
+    records: Sequence[Mapping[str, Any]],
+    method: str,
+    column: str = "tokens_per_second",
+    out: Sequence[str] = (),
+    engine: str | None = None,
+    lossy: bool = False,
+    average: Callable[[list[float]], float] = lambda values: sum(values) / len(values),
+    winner: Callable[..., str] = max,
+    others_only: bool = True,
+) -> dict[str, str]:
+    """Documents on which a method is beaten, and by whom."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for record in records:
+        dropped = record["near_ties_only"] is False and not lossy
+        dropped |= record["method"] in out or record[column] is None
+        dropped |= engine is not None and record["engine"] != engine
+        if not dropped:
+            of = found.setdefault(record["document"], {})
+            of.setdefault(record["method"], []).append(record[column])
+    lost = {}
+    for document, speeds in found.items():
+        if method not in speeds:
+            continue
+        means = {name: average(values) for name, values in speeds.items()}
+        best = winner(means, key=means.get)
+        if best != method or not others_only:
+            lost[document] = best
+    return lost
+
+
+def _first_faster(records: Sequence[Mapping[str, Any]], method: str) -> dict[str, str]:
+    def first(means: Mapping[str, float], key: Callable[[str], float]) -> str:
+        return next((name for name in means if means[name] > means[method]), method)
+
+    return _losses(records, method, winner=first)
+
+
+def _losing_mistakes(
+    records: Sequence[Mapping[str, Any]], method: str
+) -> Iterator[tuple[str, dict[str, str]]]:
+    yield (
+        "plain decoding is a rival, too: where it is faster, not to draft at all is right",
+        _losses(records, method, out=("plain",)),
+    )
+    yield (
+        "a method whose output is not the target's has won nothing: leave out records whose"
+        " near_ties_only is False",
+        _losses(records, method, lossy=True),
+    )
+    yield (
+        "the highest acceptance is not the highest speed: compare tokens_per_second",
+        _losses(records, method, "acceptance_rate"),
+    )
+    yield (
+        "tokens a round leave out what a round costs: compare tokens_per_second",
+        _losses(records, method, "accepted_length"),
+    )
+    yield (
+        "methods of transformers count as well",
+        _losses(records, method, engine="bdlib"),
+    )
+    yield (
+        "one fast sample is not a fast document: average the samples of a document first",
+        _losses(records, method, average=max),
+    )
+    yield (
+        "name the fastest of those that are faster, not the first one found",
+        _first_faster(records, method),
+    )
+    yield (
+        "where the method is the fastest it loses to nobody: leave those documents out",
+        _losses(records, method, others_only=False),
+    )
+    yield (
+        "this names the slowest method; asked for is the fastest",
+        _losses(records, method, winner=min),
+    )
+    everywhere = _losses([{**r, "document": ""} for r in records], method)
+    documents = {r["document"] for r in records if r["method"] == method}
+    yield (
+        "a mean over all documents hides where it loses: compare document by document",
+        dict.fromkeys(documents, everywhere[""]) if everywhere else {},
+    )
+
+
+def check_losses(
+    where_it_loses: Callable[[list[dict[str, Any]], str], dict[str, str] | None] | None,
+    records: Sequence[Mapping[str, Any]],
+    method: str,
+) -> Verdict:
+    """Check ``where_it_loses(records, method)``: ``{document: fastest rival}`` where it is beaten.
+
+    It is tried on made-up records, then used on ``records`` of :func:`bdlib.baselines.compare`.
+    """
+    if where_it_loses is None:
+        return TODO
+    made_up = _losing_records()
+    try:
+        given = where_it_loses([dict(record) for record in made_up], "small")
+    except Exception as error:  # whatever the student's code raises
+        return Verdict(False, f"{type(error).__name__}: {error}")
+    if given is None:
+        return TODO
+    if not isinstance(given, Mapping):
+        return Verdict(
+            False, f"return a dictionary {{document: method}}, not a {type(given).__name__}"
+        )
+    right = _losses(made_up, "small")
+    if dict(given) != right:
+        for complaint, wrong in _losing_mistakes(made_up, "small"):
+            if dict(given) == wrong:
+                return Verdict(False, complaint)
+        for document in sorted({*given, *right}):
+            got, wanted = given.get(document), right.get(document)
+            if got != wanted:
+                speeds = ", ".join(
+                    f"{r['method']} {r['tokens_per_second']:g}"
+                    + ("" if r["near_ties_only"] else " (not the target's text)")
+                    for r in made_up
+                    if r["document"] == document
+                )
+                return Verdict(
+                    False,
+                    f"on made-up document {document!r} (tokens/s: {speeds}) it says {got!r}, where"
+                    f" {'small loses to nobody' if wanted is None else repr(wanted) + ' is right'}",
+                )
+    try:
+        found = where_it_loses([dict(record) for record in records], method)
+    except Exception as error:  # whatever the student's code raises
+        return Verdict(False, f"right on made-up records; here {type(error).__name__}: {error}")
+    seen = len({record["document"] for record in records if record["method"] == method})
+    lost = ", ".join(f"{document} to {rival}" for document, rival in found.items()) or "none"
+    return Verdict(True, f"{method} is beaten on {len(found)} of {seen} documents: {lost}")
+
+
+# a_low, a_high, gamma_low, gamma, c, m, v: acceptances, draft lengths, and costs in plain steps
+TWO_LEVEL_CASES = (
+    (0.5, 0.8, 2, 4, 0.1, 0.6, 1.1),
+    (0.3, 0.9, 1, 6, 0.05, 0.2, 1.2),
+    (0.7, 0.6, 4, 3, 0.2, 0.9, 1.05),
+    (0.9, 0.95, 3, 8, 0.02, 0.1, 1.3),
+    (0.0, 0.7, 2, 2, 0.1, 0.5, 1.15),
+)
+
+
+def _two_levels(
+    a_low: float,
+    a_high: float,
+    gamma_low: int,
+    gamma: int,
+    c: float,
+    m: float,
+    v: float,
+) -> float:
+    token = (gamma_low * c + m) / _series(a_low, gamma_low)
+    return _series(a_high, gamma) / (gamma * token + v)
+
+
+_TWO_LEVEL_MISTAKES: dict[str, Callable[..., float]] = {
+    "a round of the middle model gives more than one token: divide its cost by the tokens it gives": (
+        lambda a, b, g, n, c, m, v: _series(b, n) / (n * (g * c + m) + v)
+    ),
+    "every draft of the small model costs c: gamma_low of them a round, not one": (
+        lambda a, b, g, n, c, m, v: _series(b, n) / (n * (c + m) / _series(a, g) + v)
+    ),
+    "the middle model's own pass costs m in every lower round": (
+        lambda a, b, g, n, c, m, v: _series(b, n) / (n * g * c / _series(a, g) + v)
+    ),
+    "a middle pass gives a token of its own on top of the accepted drafts": (
+        lambda a, b, g, n, c, m, v: (
+            _series(b, n) / (n * (g * c + m) / (_series(a, g) - 1) + v) if a else math.nan
+        )
+    ),
+    "speed-ups of the two levels do not multiply: the verification is paid once, whatever the drafts cost": (
+        lambda a, b, g, n, c, m, v: _series(a, g) * m / (g * c + m) * _series(b, n) / (n * m + v)
+    ),
+    "a_high is the target's acceptance of the middle model's tokens; a_low is in their price already": (
+        lambda a, b, g, n, c, m, v: _series(a * b, n) / (n * (g * c + m) / _series(a, g) + v)
+    ),
+    "gamma tokens are proposed, and each has its price": (
+        lambda a, b, g, n, c, m, v: _series(b, n) / ((g * c + m) / _series(a, g) + v)
+    ),
+    "the target's verification costs v, not one plain step": (
+        lambda a, b, g, n, c, m, v: _series(b, n) / (n * (g * c + m) / _series(a, g) + 1)
+    ),
+    "1 + gamma a counts drafts behind a rejected one; use 1 + a + a^2 + ...": (
+        lambda a, b, g, n, c, m, v: (1 + n * b) / (n * (g * c + m) / (1 + g * a) + v)
+    ),
+    "this is one level, the middle model without its small one": (
+        lambda a, b, g, n, c, m, v: _series(b, n) / (n * m + v)
+    ),
+    "this is a time, the inverse of a speed-up": lambda *case: 1 / _two_levels(*case),
+}
+
+
+def check_two_levels(
+    two_levels: Callable[..., float | None] | None, tolerance: float = 1e-6
+) -> Verdict:
+    """Check ``two_levels(a_low, a_high, gamma_low, gamma, c, m, v)``: the predicted speed-up."""
+    if two_levels is None:
+        return TODO
+    given: list[Any] = []
+    for case in TWO_LEVEL_CASES:
+        try:
+            given.append(two_levels(*case))
+        except Exception as error:  # whatever the student's code raises
+            return Verdict(False, f"two_levels{case} raises {type(error).__name__}: {error}")
+    if all(answer is None for answer in given):
+        return TODO
+    for answer, case in zip(given, TWO_LEVEL_CASES, strict=True):
+        if isinstance(answer, bool) or not isinstance(answer, int | float):
+            return Verdict(False, f"two_levels{case} returns {answer!r}; return a number")
+
+    def agrees(formula: Callable[..., float], cases: Sequence[tuple]) -> bool:
+        return all(
+            math.isclose(answer, formula(*case), rel_tol=tolerance)
+            for answer, case in zip(given, TWO_LEVEL_CASES, strict=True)
+            if case in cases
+        )
+
+    if agrees(_two_levels, TWO_LEVEL_CASES):
+        return Verdict(True, f"all {len(TWO_LEVEL_CASES)} cases")
+    for complaint, mistake in _TWO_LEVEL_MISTAKES.items():
+        defined = [case for case in TWO_LEVEL_CASES if not math.isnan(mistake(*case))]
+        if agrees(mistake, defined):
+            return Verdict(False, complaint)
+    case = next(
+        c
+        for c, answer in zip(TWO_LEVEL_CASES, given, strict=True)
+        if not math.isclose(answer, _two_levels(*c), rel_tol=tolerance)
+    )
+    a_low, a_high, gamma_low, gamma, c, m, v = case
+    return Verdict(
+        False,
+        f"two_levels{case} is {given[TWO_LEVEL_CASES.index(case)]:.4f}. There a lower round costs"
+        f" {gamma_low * c + m:.2f} steps and gives {_series(a_low, gamma_low):.3f} tokens, a whole"
+        f" round gives {_series(a_high, gamma):.3f} for {gamma} such tokens and {v} steps",
+    )
