@@ -266,7 +266,7 @@ def source_digest(device: Device) -> str:
         if fn in seen:
             return
         seen.add(fn)
-        parts.append(ast.dump(ast.parse(textwrap.dedent(inspect.getsource(fn)))))
+        parts.append(_dump(ast.parse(textwrap.dedent(inspect.getsource(fn)))))
         for name in fn.__code__.co_names:
             called = getattr(fn.__globals__.get(name), "fn", None)
             if inspect.isfunction(called):
@@ -274,6 +274,21 @@ def source_digest(device: Device) -> str:
 
     visit(device.fn)
     return hashlib.sha256("\n".join(sorted(parts)).encode()).hexdigest()
+
+
+def _dump(node: Any) -> str:
+    """``ast.dump`` as Python 3.11 writes it: later ones add fields and leave out empty ones."""
+    if isinstance(node, list):
+        return f"[{', '.join(map(_dump, node))}]"
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = []
+    for name in node._fields:
+        value = getattr(node, name, None)
+        optional = value is None and getattr(type(node), name, ...) is None
+        if not optional and (name != "type_params" or value):
+            fields.append(f"{name}={_dump(value)}")
+    return f"{type(node).__name__}({', '.join(fields)})"
 
 
 # ---------------------------------------------------------------- the table
