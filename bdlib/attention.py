@@ -7,7 +7,7 @@ head are stacked into one matrix product, so a key is read once for all of them 
 * :func:`few_queries`: a step or a verification, 1 to 128 queries over a long cache. The causal mask
   touches only the last columns, those of the queries themselves; the long prefix has no mask.
 * :func:`many_queries`: a piece of the prompt, so that no ``n x T`` matrix is ever stored. On CPU in
-  bfloat16 it is taken 128 queries at a time, each like a verification: plain matrix products, which
+  bfloat16 it is taken up to 128 queries at a time, each like a verification: plain matrix products, which
   oneDNN computes two to four times faster than PyTorch's blocked kernel does. In other dtypes that
   kernel attends the prefix (no mask) and the piece itself (causal), merged by log-sum-exp.
 * :func:`causal_attention`: no cache at all (training, references).
@@ -21,6 +21,8 @@ On a GPU :func:`few_queries` is the kernel of :mod:`bdlib.kernels.verify`, where
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,6 +31,9 @@ from bdlib.kernels.launching import layout_fault, use_triton, wanted
 from bdlib.kernels.verify import verify
 
 FEW = 128  # queries up to this many take the masked-matrix path
+SCORES = 1 << 24
+"""Most entries of a matrix of scores in a prompt (32 MB in bfloat16): longer prompts are attended fewer
+queries at a time."""
 ALIGN = 64
 """Caches hand out entries up to a multiple of this, the surplus masked. A sum over keys is then cut
 into the same blocks for one query as for five, so in bfloat16 on CPU a verified row is bit for bit
@@ -59,10 +64,19 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
     grouped = q.reshape(batch, kv_heads, -1, dim)  # [B, H_kv, g * n, D]
     scores = grouped @ k.transpose(-1, -2)  # [B, H_kv, g * n, T]
     if length > start + 1:
-        columns = torch.arange(length - start, device=q.device)
         tail = scores.view(batch, kv_heads, -1, n, length)[..., start:]
-        tail.masked_fill_(columns > columns[:n, None], float("-inf"))
-    return (torch.softmax(scores, -1) @ v).view(batch, heads, n, dim)
+        tail.masked_fill_(_hidden(n, length - start, q.device), float("-inf"))
+    # In place where no gradient needs the scores: a fresh matrix costs more than its arithmetic.
+    weights = torch.softmax(scores, -1, out=None if scores.requires_grad else scores)
+    return (weights @ v).view(batch, heads, n, dim)
+
+
+@functools.lru_cache(maxsize=256)
+def _hidden(n: int, columns: int, device: torch.device) -> Tensor:
+    """Which of the last ``columns`` entries come after each of ``n`` queries, ``[n, columns]``."""
+    with torch.inference_mode(False):  # made while decoding, it must serve training too
+        entry = torch.arange(columns, device=device)
+        return entry > entry[:n, None]
 
 
 def _needs_gradient(*tensors: Tensor) -> bool:
@@ -80,7 +94,8 @@ def many_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0, enable_gqa=True)
     if q.dtype == torch.bfloat16:
         parts, start = [], prefix
-        for part in q.split(FEW, 2):
+        fits = SCORES // (batch * heads * k.shape[2])
+        for part in q.split(max(1, min(FEW, fits)), 2):
             stop = start + part.shape[2]
             parts.append(few_queries(part, k[:, :, :stop], v[:, :, :stop], start))
             start = stop

@@ -443,7 +443,6 @@ def window(tokenizer: Any, document: Document, tokens: int, offset: int = 0) -> 
     CorpusError
         If the text is empty, or shorter than ``offset + tokens``.
     """
-    import torch
 
     _checked_tokens(tokens)
     if offset < 0:
@@ -475,7 +474,6 @@ def windows(
     CorpusError
         If the documents that are long enough do not hold that many distinct windows.
     """
-    import torch
 
     _checked_tokens(tokens)
     if samples < 1:
@@ -544,7 +542,6 @@ def tiles(
     CorpusError
         If no document is long enough.
     """
-    import torch
 
     _checked_tokens(tokens)
     generator = random.Random(seed)

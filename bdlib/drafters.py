@@ -17,7 +17,7 @@ from torch import Tensor
 from bdlib.cache import KVCache, SparseKVCache, sparse_cache_of
 from bdlib.sampling import Sampling
 from bdlib.selection import Policy, check_whole, is_whole
-from bdlib.transformer import Decoder
+from bdlib.transformer import Decoder, give_back
 
 
 @dataclass(frozen=True)
@@ -277,6 +277,7 @@ class ModelDrafter(Drafter):
             if part.numel():
                 states = self._states(self._full.length, len(part))
                 _run(self.model, part[None], self._full, states)
+                give_back()
 
     def _states(self, start: int, n: int) -> Tensor | None:
         """What slots ``start`` to ``start + n`` read of the target: its states one position earlier."""
@@ -423,4 +424,6 @@ def prefill(
         for part in tokens.split(piece, dim=1):
             if part.shape[1]:
                 model.hidden(part, cache)
+                # Scores of ever longer rows do not fit the holes that shorter ones left.
+                give_back()
     return cache

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from bdlib.pairs import Pair
     from bdlib.transformer import Decoder
 
-SCHEMA = 1
+SCHEMA = 2
 REGIMES = {
     "teacher-forced": "agreement along given text; nothing is generated",
     "sampling": "plain text is continued, at a temperature above 0",
@@ -92,12 +92,16 @@ AXES = {
         256, 'a whole number of at least 1 entry, or "full"', lambda v: v == "full" or _whole(1)(v)
     ),
     "gamma": Axis(4, "a whole number of at least 1 token", _whole(1)),
+    "controller": Axis(
+        False, "true (it drafts up to gamma tokens, or none) or false", lambda v: isinstance(v, bool)
+    ),
     "temperature": Axis(None, "a number of at least 0", _temperature),
     "refresh": Axis(
         "never", 'a whole number of at least 1 round, or "never"', lambda v: v == "never" or _whole(1)(v)
     ),
 }  # fmt: skip
-"""The axes: one value or a list of them. Temperature is 0.7 if unset when sampling, else 0."""
+"""The axes: one value or a list of them. With a controller (:mod:`bdlib.controllers`) gamma is the most
+that it may draft. Temperature is 0.7 if unset when sampling, else 0."""
 
 SETTINGS = {
     "samples": Axis(4, "a whole number of at least 1 window", _whole(1)),
@@ -134,6 +138,7 @@ class Point:
     block: int | None
     repeats: int | None
     seed: int
+    controller: bool | None = False
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Point:
@@ -156,6 +161,7 @@ class Point:
                     " the column ngram_agreement of every row"
                 )
             v |= dict.fromkeys(("gamma", "temperature", "refresh", "new_tokens", "repeats"))
+            v["controller"] = None
             point = cls(**v)
             point.forced()
             return point
@@ -200,6 +206,7 @@ class Point:
             budget=self.budget or self.context,
             context=self.context,
             gamma=self.gamma,
+            controller=bool(self.controller),
             text=self.text,
             samples=self.samples,
             new_tokens=self.new_tokens,
@@ -784,6 +791,7 @@ _AXIS_COLUMNS = {
     "budget": "entries kept per layer and KV head; empty for the full cache, and without one",
     "context": "tokens of prompt and output together; teacher-forced: of the window",
     "gamma": "most tokens drafted in a round",
+    "controller": measure.FIELDS["controller"],
     "text": "the kind of text",
     "temperature": "0 is greedy",
     "refresh": "rounds between selections; empty: selected once, after the prompt",
@@ -980,7 +988,7 @@ def _labels(table: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _LISTS, _TEXTS = ("by_position",), ("regime", "drafter", "policy", "text", "document")
-_FLAGS = ("looping", *ALL)
+_FLAGS = ("looping", "controller", *ALL)
 
 
 def _write_csv(path: Path, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:

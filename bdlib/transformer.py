@@ -281,8 +281,8 @@ def _can_pack(dtype: torch.dtype) -> bool:
         return False
 
 
-def _give_back() -> None:
-    """Return freed memory to the system: reading and packing weights leaves 100 MB or more in the heap."""
+def give_back() -> None:
+    """Return freed memory to the system: packing weights leaves 100 MB in the heap, a long prompt more."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
     if trim is not None:  # glibc's alone
         trim(0)
@@ -556,7 +556,7 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
-        _give_back()
+        give_back()
         return self
 
     def save(self, folder: str | Path) -> None:

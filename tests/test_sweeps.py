@@ -350,6 +350,16 @@ def test_the_sidecar_says_where_results_come_from(place, swept):
         assert str(place) not in (out / f"{name}.csv").read_text()
 
 
+def test_a_controller_is_an_axis():
+    table = {"regime": "greedy", "drafter": "self", "context": 1024, "text": "embedded:held-out"}
+    grid = sweeps.parse({"grid": [table | {"controller": [False, True], "gamma": 6}]})
+    assert [p.measured(sweeps.PLACE).controller for p in grid.points] == [False, True]
+    forced = sweeps.parse({"grid": [table | {"regime": "teacher-forced", "controller": True}]})
+    assert forced.points[0].controller is None
+    with pytest.raises(ValueError, match="controller 1 must be true"):
+        sweeps.parse({"grid": [table | {"controller": 1}]})
+
+
 def test_results_of_another_schema_are_refused(place, swept, tmp_path):
     out, _ = swept
     for name in ("results.csv", "results.json"):
@@ -358,7 +368,7 @@ def test_results_of_another_schema_are_refused(place, swept, tmp_path):
     assert sweeps.load(table) == sweeps.load(out / "results.csv")
     about = json.loads(sidecar.read_text())
     sidecar.write_text(json.dumps(about | {"schema": 7}))
-    with pytest.raises(ValueError, match="results.json: results of schema 7, this version reads 1"):
+    with pytest.raises(ValueError, match="results.json: results of schema 7, this version reads 2"):
         sweeps.load(table)
     with pytest.raises(ValueError, match="results of schema 7"):
         sweeps.run(grid(place), tmp_path, progress=False)
@@ -423,7 +433,7 @@ def test_only_what_is_missing_or_changed_is_measured(place, tmp_path, monkeypatc
     assert changed.exists()
     # A cell of another schema is refused.
     spoilt.write_text(json.dumps(json.loads(spoilt.read_text()) | {"schema": 0}))
-    with pytest.raises(ValueError, match=f"{spoilt.name} is of schema 0, this version has 1"):
+    with pytest.raises(ValueError, match=f"{spoilt.name} is of schema 0, this version has 2"):
         sweeps.run(asked, out, progress=False)
 
 
