@@ -27,12 +27,19 @@ TEMPLATE = """{% extends 'index.html.j2' %}
 {% block html_head_js %}{% endblock %}
 {% block jupyter_widgets %}{% endblock %}
 {% block html_head_js_mathjax %}{% endblock %}"""
-# What mathtext writes otherwise, or sizes by itself.
+# Fonts of icons, which its style sheet names and no page uses.
+ICONS = r"@font-face\s*\{[^}]*components/[^}]*\}"
+# What mathtext writes otherwise, sizes by itself or sets too close.
 TO_MATHTEXT = (
     (r"\\(le|ge)(?![a-zA-Z])", r"\\\1q"),
+    (r"\\[bB]igg?[lr]?\(", r"\\left("),
+    (r"\\[bB]igg?[lr]?\)", r"\\right)"),
     (r"\\[bB]igg?[lr]?(?![a-zA-Z])", ""),
     (r"\\bmod(?![a-zA-Z])", r"\\;\\mathrm{mod}\\;"),
     (r"\\[td]frac\s*(\d)\s*(\d)", r"\\frac{\1}{\2}"),
+    (r"\\!", ""),
+    (r"(\\sum_(?:\{[^}]*\}|\w))", r"\1\\;"),
+    (r"\)\s*(\\min)(?![a-zA-Z])", r")\\,\1"),
 )
 
 
@@ -148,6 +155,8 @@ def formula(tex: str, display: bool = False) -> str:
     written = " ".join(tex.split())
     for pattern, other in TO_MATHTEXT:
         written = re.sub(pattern, other, written)
+    if display:
+        written = written.replace(r"\frac", r"\dfrac")
     size = 100  # units of an em
     font = FontProperties(size=size, math_fontfamily="stix")
     try:
@@ -199,6 +208,7 @@ def _page(notebook: Any, title: str, home: str | None = None) -> str:
     )
     exporter.exclude_output_prompt = True
     html, _ = exporter.from_notebook_node(notebook, resources={"metadata": {"name": title}})
+    html = re.sub(ICONS, "", html)
     html = html.replace("</head>", f"{STYLE}</head>", 1)
     if home is not None:
         link = f'<nav style="padding: 8px 16px"><a href="{home}">All lessons</a></nav>'

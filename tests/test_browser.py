@@ -19,6 +19,8 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from bdlib import lessons as stored
+from bdlib import site
 from bdlib.archive import Archive
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -33,7 +35,7 @@ pytestmark = [
 VOILA = ["--theme=light", "--progressive_rendering=True"]
 VOILA += ["--VoilaExecutor.skip_cells_with_tag=live-run"]
 DASHBOARD = "20_instructor_dashboard"
-LOCAL = re.compile(r"^(https?|wss?)://(localhost|127\.0\.0\.1)[:/]|^(data|blob|about):")
+LOCAL = re.compile(r"^(https?|wss?)://(localhost|127\.0\.0\.1)[:/]|^(data|blob|about|file):")
 WAIT = 300_000  # ms that a page may take on a busy machine; some twenty seconds on an idle one
 REDRAW = 300  # ms from a key to the changed picture, the median of some moves
 # A font of icons, which Voila's page asks for and does without.
@@ -299,4 +301,17 @@ def test_dashboard_as_a_voila_page(page, voila, shots):
     assert page.locator(".bd-html-live_map svg rect").count() > 1
     page.screenshot(path=shots / "voila-20-run.png", full_page=True)
     assert page.get_by_text("Traceback").count() == 0
+    assert page.faults == []
+
+
+def test_static_pages_need_no_network_and_no_kernel(page, shots, tmp_path):
+    (index, lesson) = site.build(tmp_path, stored.find(["00"])[:1])
+    page.goto(index.as_uri())
+    page.locator(f'a[href="{lesson.name}"]').click()
+    formula = page.locator('svg[aria-label^="\\\\text{speed-up}"]')
+    formula.scroll_into_view_if_needed()
+    box = formula.bounding_box()
+    assert 100 < box["width"] < 600
+    assert 20 < box["height"] < 80
+    page.screenshot(path=shots / "static-00.png")
     assert page.faults == []
