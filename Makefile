@@ -23,6 +23,17 @@ DASHBOARD := notebooks/20_instructor_dashboard.ipynb
 # Defaults of JupyterLab in this environment alone: never ask about news, never look for any.
 LAB_DEFAULTS := $(VENV)/share/jupyter/lab/settings/overrides.d/bdlib.json
 
+# Where nothing can be written to the home directory, what would go there goes into the environment.
+ifeq ($(shell test -w "$$HOME" && echo yes),)
+PRIVATE := $(abspath $(VENV))/home
+export JUPYTER_CONFIG_DIR ?= $(PRIVATE)/jupyter
+export JUPYTER_DATA_DIR ?= $(PRIVATE)/jupyter-data
+export JUPYTER_RUNTIME_DIR ?= $(PRIVATE)/jupyter-runtime
+export IPYTHONDIR ?= $(PRIVATE)/ipython
+export MPLCONFIGDIR ?= $(PRIVATE)/matplotlib
+export TRITON_HOME ?= $(PRIVATE)
+endif
+
 # The pinned pip is the one that fetches, too: it resumes a broken download.
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
