@@ -6,11 +6,12 @@ import time
 import xml.etree.ElementTree as ET
 from dataclasses import replace
 
+import nbformat
 import pytest
 import tiny
 import torch
 
-from bdlib import archive, selection, widgets
+from bdlib import archive, lessons, selection, widgets
 from bdlib.archive import Archive, Costs, Measurement, Selections
 from bdlib.pairs import Pair
 from bdlib.widgets import Cancelled, Dashboard, Engine, Line, Settings
@@ -161,6 +162,20 @@ def test_shares_average_layers_and_heads():
     found = archive.shares([first, first], length=10, bins=5)
     assert found == pytest.approx([1.0, 0.5, 0.0, 0.0, 0.5])
     assert archive.shares([torch.tensor([[[7, 12]]])], length=10, bins=10)[7] == 1
+
+
+# ---------------------------------------------------------------------------- lessons
+LESSONS = [p for p in lessons.find() if p.name[:2] < "20" and p.parent.name == "notebooks"]
+
+
+@pytest.mark.parametrize("path", LESSONS, ids=lessons.label)
+def test_a_lesson_has_one_slider_and_its_picture_for_those_without_a_kernel(path):
+    cells = [c for c in nbformat.read(path, as_version=4).cells if c.cell_type == "code"]
+    moving = [i for i, cell in enumerate(cells) if "interactive_output(" in cell.source]
+    assert len(moving) == 1
+    assert "continuous_update" in cells[moving[0]].source  # a picture a move, not a dozen
+    outputs = cells[moving[0] + 1].outputs
+    assert any("image/png" in output.get("data", {}) for output in outputs)
 
 
 # --------------------------------------------------------------------------- pictures
