@@ -497,3 +497,116 @@ def acceptance(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> d
     found["kept"], _ = kept_map(kept)
     caption(found["kept"], f"{policy}; mean of the kinds.\n{swept(about, kept, bars=False)}")
     return found
+
+
+# ---------------------------------------------------- methods side by side (rows of bdlib.baselines)
+
+
+def methods_compared(rows: Sequence[Mapping[str, Any]]) -> tuple[Figure, Sequence[Axes]]:
+    """Speed against plain decoding, and beside it acceptance next to repetition: a line a method.
+
+    Parameters
+    ----------
+    rows
+        What :func:`bdlib.baselines.summarise` returns. Bars are 95 % intervals over documents.
+    """
+    import matplotlib.pyplot as plt
+
+    names = [row["method"] for row in rows]
+    at = range(len(rows))
+    height = 1.6 + 0.34 * len(rows)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, height), sharey=True)
+    for y, row in zip(at, rows, strict=True):
+        ours = row["engine"] == "bdlib"
+        style = {"fmt": "o" if ours else "s", "color": COLORS["blue" if ours else "vermillion"]}
+        label = "this library" if ours else "transformers"
+        left.errorbar(
+            row["speedup"].mean, y, xerr=_reach(row["speedup"]), capsize=3, label=label, **style
+        )
+    left.axvline(1, color="black", ls="--", lw=1)
+    left.set(xlabel="speed (times plain decoding)", title="How fast", xlim=(0, None))
+    left.set_yticks(list(at), names)
+    left.invert_yaxis()
+    looks = {
+        "acceptance_rate": ("accepted drafts", "^", "green", 0.0),
+        "ngram_acceptance_rate": ("accepted of n-gram lookup", "D", "orange", 0.16),
+        "distinct_2": ("distinct-2 (low: repetition)", "x", "grey", -0.16),
+    }
+    for name, (label, marker, color, shift) in looks.items():
+        known = [
+            (y, row[name]) for y, row in zip(at, rows, strict=True) if row[name].mean is not None
+        ]
+        for y, found in known:
+            style = {"fmt": marker, "color": COLORS[color], "capsize": 2, "elinewidth": 1, "ms": 5}
+            right.errorbar(found.mean, y + shift, xerr=_reach(found), label=label, **style)
+    right.set(
+        xlabel="share", title="How often right, and how varied the output", xlim=(-0.03, 1.05)
+    )
+    handles: dict[str, Any] = {}
+    for ax in (left, right):
+        handles |= dict(zip(*reversed(ax.get_legend_handles_labels()), strict=True))
+    fig.legend(handles.values(), handles, loc="outside upper left", ncols=5, fontsize=9)
+    return fig, (left, right)
+
+
+def _reach(found: Any) -> list[list[float]] | None:
+    """An interval as matplotlib's distances from its middle; none of a single value."""
+    if found.low is None:
+        return None
+    return [[max(0.0, found.mean - found.low)], [max(0.0, found.high - found.mean)]]
+
+
+def method_bytes(rows: Sequence[Mapping[str, Any]]) -> tuple[Figure, Sequence[Axes]]:
+    """What drafting adds in memory: keys and values, and weights, a bar a method (megabytes)."""
+    import matplotlib.pyplot as plt
+
+    drafting = [row for row in rows if row["gamma"] is not None]
+    names = [row["method"] for row in drafting]
+    fig, axes = plt.subplots(1, 2, figsize=(10, 1.4 + 0.32 * len(names)), sharey=True)
+    parts = (("kv_bytes_drafter", "keys and values", ""), ("weight_bytes_drafter", "weights", "//"))
+    for ax, (name, title, hatch) in zip(axes, parts, strict=True):
+        sizes = [row[name] / 1e6 for row in drafting]
+        bars = ax.barh(names, sizes, 0.6, color=COLORS["sky"], hatch=hatch, edgecolor="white")
+        ax.bar_label(bars, [f"{size:.1f}" for size in sizes], padding=3, fontsize=9)
+        ax.set(xlabel="added by drafting (MB)", title=title, xlim=(0, 1.18 * max(sizes) or 1))
+    axes[0].invert_yaxis()
+    return fig, axes
+
+
+def two_levels() -> tuple[Figure, Axes]:
+    """The three models of a hierarchy (TriForce), what each keeps, and what goes between them."""
+    import matplotlib.pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(9.5, 3.3))
+    boxes = (
+        (0.0, "small model", "a few layers", "sparse cache", "purple"),
+        (3.6, "middle: the target", "all its layers", "sparse cache", "green"),
+        (7.2, "the target", "all its layers", "full cache", "blue"),
+    )
+    for x, name, layers, cache, color in boxes:
+        face = {"facecolor": COLORS[color], "alpha": 0.18, "edgecolor": "none"}
+        edge = {"fill": False, "edgecolor": COLORS[color], "linewidth": 2}
+        for style in (face, edge):
+            ax.add_patch(plt.Rectangle((x, 0), 2.3, 2, **style))
+        ax.text(x + 1.15, 1.55, name, ha="center", weight="bold", fontsize=11)
+        ax.text(x + 1.15, 0.95, layers, ha="center", fontsize=10)
+        ax.text(x + 1.15, 0.4, cache, ha="center", fontsize=10)
+    arrow = {"arrowstyle": "-|>", "lw": 1.8, "color": "#333333", "shrinkA": 0, "shrinkB": 0}
+    for x, there, back in (
+        (2.3, "drafts\n$\\gamma_{low}$ tokens", "accepts a part,\nadds one"),
+        (5.9, "proposes\n$\\gamma$ tokens", "accepts a part,\nadds one"),
+    ):
+        ax.annotate("", (x + 1.25, 1.4), (x + 0.05, 1.4), arrowprops=arrow)
+        ax.text(x + 0.65, 1.5, there, ha="center", va="bottom", fontsize=9)
+        ax.annotate("", (x + 0.05, 0.6), (x + 1.25, 0.6), arrowprops=arrow)
+        ax.text(x + 0.65, 0.48, back, ha="center", va="top", fontsize=9)
+    ax.annotate("", (10.3, 1.0), (9.55, 1.0), arrowprops=arrow)
+    ax.text(10.35, 1.0, "text", va="center", fontsize=11, weight="bold")
+    for x, words in (
+        (2.95, "lower round: several in a proposal"),
+        (6.55, "round: one verification"),
+    ):
+        ax.text(x, -0.45, words, ha="center", fontsize=9, color="#444444")
+    ax.set(xlim=(-0.1, 11), ylim=(-0.7, 2.5))
+    ax.axis("off")
+    return fig, ax

@@ -314,6 +314,32 @@ def test_what_a_table_says(records):
         summarise([])
 
 
+def test_figures_show_what_was_measured(records):
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    from bdlib import figures
+
+    rows = summarise(records)
+    _, (left, right) = figures.methods_compared(rows)
+    drawn = [c.lines[0].get_xdata()[0] for c in left.containers]
+    assert drawn == [row["speedup"].mean for row in rows]
+    assert [t.get_text() for t in left.get_yticklabels()] == [row["method"] for row in rows]
+    shares = sorted(c.lines[0].get_xdata()[0] for c in right.containers)
+    names = ("acceptance_rate", "ngram_acceptance_rate", "distinct_2")
+    known = [row[name].mean for row in rows for name in names if row[name].mean is not None]
+    assert shares == sorted(known)
+    _, (kv, weights) = figures.method_bytes(rows)
+    drafting = [row for row in rows if row["method"] not in ("plain", "generate")]
+    assert [p.get_width() for p in kv.patches] == [r["kv_bytes_drafter"] / 1e6 for r in drafting]
+    assert len(weights.patches) == len(drafting)
+    ax = figures.two_levels()[1]
+    assert {"small model", "the target"} <= {text.get_text() for text in ax.texts}
+    plt.close("all")
+
+
 def test_documents_weigh_the_same():
     base = dict.fromkeys(baselines.FIELDS, 1) | {"method": "m", "inner_acceptance_rate": None}
     rows = [("a", 1.0), ("a", 3.0), ("b", 6.0)]
