@@ -276,6 +276,7 @@ def save_drafter(
         folder / WEIGHTS_FILE
     ) as scratch:  # one in another: all are written first
         save_file({k: v.contiguous() for k, v in weights.items()}, scratch)
+        meta["sha256"] = assets.sha256_of(scratch)
         with assets.replacing(folder / CONFIG_FILE) as config:
             config.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf8")
             # safetensors leaves files that only their owner may read: as the umask says instead.
@@ -303,6 +304,13 @@ def checkpoint(name: str) -> Path:
     return root / SHIPPED / name
 
 
+def _check_shape(folder: Path, name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != wanted:
+        raise ValueError(
+            f"{folder}: weight {name} has shape {tuple(tensor.shape)}, {CONFIG_FILE} says {wanted}"
+        )
+
+
 def load_drafter(
     folder: str | Path, target: Decoder, dtype: torch.dtype | None = None, pack: bool = True
 ) -> Decoder:
@@ -316,6 +324,8 @@ def load_drafter(
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from bdlib import assets
+
     folder = Path(folder)
     dtype = dtype or target.dtype
     try:
@@ -323,9 +333,20 @@ def load_drafter(
         weights = load_file(folder / WEIGHTS_FILE)
     except (OSError, json.JSONDecodeError, SafetensorError) as error:
         raise ValueError(f"{folder} is not a drafter's folder, or is damaged: {error}") from error
+    if not isinstance(meta, dict):
+        raise ValueError(f"{folder / CONFIG_FILE} is damaged: it holds no object")
     if meta.get("schema") != SCHEMA:
         raise ValueError(f"{folder}: drafter of schema {meta.get('schema')}, need {SCHEMA}")
-    config = DecoderConfig.from_hf(meta["config"])
+    found, written = assets.sha256_of(folder / WEIGHTS_FILE), meta.get("sha256")
+    if written not in (None, found):
+        raise ValueError(
+            f"{folder / WEIGHTS_FILE} is damaged: its sha256 is {found}, {CONFIG_FILE} says {written}"
+        )
+    try:
+        config = DecoderConfig.from_hf(meta["config"])
+        feature, taps = meta["kind"] == "feature", tuple(meta["taps"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is damaged: {error!r}") from error
     for name in ("vocab_size", "hidden_size"):
         if getattr(config, name) != getattr(target.config, name):
             raise ValueError(
@@ -337,13 +358,21 @@ def load_drafter(
     vocabulary = weights.pop("vocabulary", None)
     scales = {k: weights.pop(k) for k in list(weights) if k.endswith(SCALE)}
     for name, scale in scales.items():
-        weights[name.removesuffix(SCALE)] = weights[name.removesuffix(SCALE)].float() * scale
+        if (base := name.removesuffix(SCALE)) in weights:
+            rows = weights[base].shape[:1]
+            _check_shape(folder, name, scale, (*rows, 1))
+            weights[base] = weights[base].float() * scale
     with torch.device("meta"):
-        if meta["kind"] == "feature":
-            drafter = FeatureDecoder(config, tuple(meta["taps"]))
-        else:
-            drafter = Decoder(config)
+        drafter = FeatureDecoder(config, taps) if feature else Decoder(config)
     if vocabulary is not None:
+        _check_shape(folder, "vocabulary", vocabulary, (vocabulary.numel(),))
+        if (
+            not vocabulary.numel()
+            or not 0 <= vocabulary.min() <= vocabulary.max() < config.vocab_size
+        ):
+            raise ValueError(
+                f"{folder}: its draft vocabulary is not within the {config.vocab_size} tokens"
+            )
         drafter.head = Linear(config.hidden_size, len(vocabulary))
     state = {k: v.to(target.device, dtype) for k, v in weights.items()}
     state["embedding"] = target.embedding.detach().to(dtype)
@@ -354,6 +383,8 @@ def load_drafter(
         raise ValueError(
             f"{folder}: missing or unexpected weights: {', '.join(sorted(missing)[:4])}"
         )
+    for name, wanted in drafter.state_dict().items():
+        _check_shape(folder, name, state[name], tuple(wanted.shape))
     drafter.load_state_dict(state, assign=True)
     drafter.vocabulary = None if vocabulary is None else vocabulary.long().to(target.device)
     if vocabulary is None and config.tie_embeddings:

@@ -19,6 +19,7 @@ import json
 import math
 import random
 import time
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -380,6 +381,9 @@ class Trainer:
         if not file.exists():
             return
         try:
+            with zipfile.ZipFile(file) as archive:  # torch does not look at the checksums
+                if altered := archive.testzip():
+                    raise ValueError(f"the checksum of {altered} is another")
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many unrelated types for a damaged file
             raise ValueError(f"{file} is damaged ({error}); remove it to start again") from error
