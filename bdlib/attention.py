@@ -22,6 +22,7 @@ On a GPU :func:`few_queries` is the kernel of :mod:`bdlib.kernels.verify`, where
 from __future__ import annotations
 
 import functools
+import math
 
 import torch
 import torch.nn.functional as F
@@ -31,8 +32,8 @@ from bdlib.kernels.launching import layout_fault, use_triton, wanted
 from bdlib.kernels.verify import verify
 
 FEW = 128  # queries up to this many take the masked-matrix path
-SCORES = 1 << 24
-"""Most entries of a matrix of scores in a prompt (32 MB in bfloat16): longer prompts are attended fewer
+SCORES = 1 << 23
+"""Most entries of a matrix of scores in a prompt (16 MB in bfloat16): longer prompts are attended fewer
 queries at a time."""
 ALIGN = 64
 """Caches hand out entries up to a multiple of this, the surplus masked. A sum over keys is then cut
@@ -43,11 +44,12 @@ BLOCK = 1024
 stand on both sides are attended apart, so that those before it sum as they would alone."""
 
 
-def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
+def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int, room: Tensor | None = None) -> Tensor:
     """A few queries over a long cache, ``[B, H, n, D]``; bytes read: the keys and values, once.
 
     Query ``i`` stands at entry ``start + i`` and sees the entries up to itself. ``k`` and ``v`` may
-    reach further (to a multiple of :data:`ALIGN`): the rest is masked.
+    reach further (to a multiple of :data:`ALIGN`): the rest is masked. ``room`` is memory for at least
+    ``B H n T`` scores, to be overwritten; only where no gradient is wanted.
     """
     if (
         wanted(q.device)
@@ -57,12 +59,14 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor:
         return verify(q, k, v, start + q.shape[2], check=False)
     if q.device.type == "cpu" and start < BLOCK < start + q.shape[2]:
         parts = q.tensor_split([BLOCK - start], 2)
-        before = few_queries(parts[0], k[:, :, :BLOCK], v[:, :, :BLOCK], start)
-        return torch.cat((before, few_queries(parts[1], k, v, BLOCK)), 2)
+        before = few_queries(parts[0], k[:, :, :BLOCK], v[:, :, :BLOCK], start, room)
+        return torch.cat((before, few_queries(parts[1], k, v, BLOCK, room)), 2)
     batch, heads, n, dim = q.shape
     kv_heads, length = k.shape[1], k.shape[2]
     grouped = q.reshape(batch, kv_heads, -1, dim)  # [B, H_kv, g * n, D]
-    scores = grouped @ k.transpose(-1, -2)  # [B, H_kv, g * n, T]
+    shape = (*grouped.shape[:3], length)
+    room = None if room is None else room[: math.prod(shape)].view(shape)
+    scores = torch.matmul(grouped, k.transpose(-1, -2), out=room)  # [B, H_kv, g * n, T]
     if length > start + 1:
         tail = scores.view(batch, kv_heads, -1, n, length)[..., start:]
         tail.masked_fill_(_hidden(n, length - start, q.device), float("-inf"))
@@ -93,11 +97,15 @@ def many_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         bias = causal_lower_right(n, k.shape[2])
         return F.scaled_dot_product_attention(q, k, v, bias, scale=1.0, enable_gqa=True)
     if q.dtype == torch.bfloat16:
-        parts, start = [], prefix
-        fits = SCORES // (batch * heads * k.shape[2])
-        for part in q.split(max(1, min(FEW, fits)), 2):
+        parts, start, room = [], prefix, None
+        a_query = batch * heads * k.shape[2]
+        size = max(1, min(FEW, n, SCORES // a_query))
+        if not _needs_gradient(q, k, v):
+            # One matrix for all parts: theirs grow, and would leave holes that fit none after them.
+            room = q.new_empty(size * a_query)
+        for part in q.split(size, 2):
             stop = start + part.shape[2]
-            parts.append(few_queries(part, k[:, :, :stop], v[:, :, :stop], start))
+            parts.append(few_queries(part, k[:, :, :stop], v[:, :, :stop], start, room))
             start = stop
         return torch.cat(parts, 2)
     own = [t[:, :, prefix:].repeat_interleave(heads // kv_heads, 1) for t in (k, v)]

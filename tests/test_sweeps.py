@@ -231,7 +231,15 @@ def test_the_shipped_grids_are_well_formed(repository):
         assert found.title != path.name
         names.add(path.stem)
         assert len(found.points) > 5
-    assert names == {"quick", "acceptance", "acceptance_first", "speed", "transfer", "refresh"}
+    assert names == {
+        "quick",
+        "acceptance",
+        "acceptance_first",
+        "controller",
+        "speed",
+        "transfer",
+        "refresh",
+    }
     acceptance = sweeps.read(repository / "data" / "grids" / "acceptance.toml").points
     acceptance = [p for p in acceptance if not p.text.startswith("embedded:")]
     assert {p.context for p in acceptance} == {2048, 4096, 8192, 16384}
