@@ -175,6 +175,28 @@ RECIPES: dict[str, Recipe] = {
             start="budgetdraft-feature",
         ),
         Recipe(
+            "budgetdraft-feature-mixed",
+            "The feature-conditioned drafter, trained on with transcripts and answers together.",
+            replace(_FEATURE, steps=1800, warmup=30, lr=1e-3),
+            kind="feature",
+            spoken={2048: 48},
+            own=(
+                ContinuationSettings(
+                    256, length=576, answer=288, temperature=0.6, batch=64, seed=1, spoken=0.4
+                ),
+                ContinuationSettings(
+                    8, length=4096, answer=256, temperature=0.6, batch=8, seed=2, spoken=0.4
+                ),
+                ContinuationSettings(
+                    64, length=2048, answer=256, temperature=0.6, batch=64, seed=3, spoken=0.4
+                ),
+                ContinuationSettings(
+                    64, length=1024, answer=968, temperature=0.9, batch=64, source="transcript"
+                ),
+            ),
+            start="budgetdraft-feature-answers",
+        ),
+        Recipe(
             "quick",
             "budgetdraft-feature-novels, a toy: a few steps on one novel, to watch a loss fall in a minute.",
             replace(
