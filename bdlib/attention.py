@@ -66,7 +66,11 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int, room: Tensor | None
     grouped = q.reshape(batch, kv_heads, -1, dim)  # [B, H_kv, g * n, D]
     shape = (*grouped.shape[:3], length)
     room = None if room is None else room[: math.prod(shape)].view(shape)
-    scores = torch.matmul(grouped, k.transpose(-1, -2), out=room)  # [B, H_kv, g * n, T]
+    if q.device.type == "cpu" and k.stride(-1) == 1:
+        # The keys as the left factor are read as they lie; as the right one oneDNN would repack them.
+        scores = (k @ grouped.transpose(-1, -2)).transpose(-1, -2).contiguous()
+    else:
+        scores = torch.matmul(grouped, k.transpose(-1, -2), out=room)  # [B, H_kv, g * n, T]
     if length > start + 1:
         tail = scores.view(batch, kv_heads, -1, n, length)[..., start:]
         tail.masked_fill_(_hidden(n, length - start, q.device), float("-inf"))
@@ -103,6 +107,8 @@ def many_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if not _needs_gradient(q, k, v):
             # One matrix for all parts: theirs grow, and would leave holes that fit none after them.
             room = q.new_empty(size * a_query)
+        # Many rows pay for one copy of the keys in the layout that oneDNN wants for them.
+        k = k.transpose(-1, -2).contiguous().transpose(-1, -2)
         for part in q.split(size, 2):
             stop = start + part.shape[2]
             parts.append(few_queries(part, k[:, :, :stop], v[:, :, :stop], start, room))

@@ -12,10 +12,6 @@ does not. Its entries are, in memory order,
 
 Attention does not depend on the order of entries, so this order is free to serve eviction.
 
-Keys are stored transposed, ``[D, T]`` inside ``[B, H_kv]``, on CPU: the product with a few queries
-then streams them in the layout oneDNN wants, three to four times faster in bfloat16 at 4K and above.
-Views handed out are always ``[B, H_kv, T, D]``; only their strides tell.
-
 ``InPlaceKVCache`` holds what ``SparseKVCache`` would, but as chunk numbers: on a GPU the entries of a full
 cache are read where they lie, and nothing is copied. :func:`sparse_cache_of` picks.
 """
@@ -45,10 +41,7 @@ def _allocate(
     entries = _aligned(entries)
     shape = (config.num_layers, batch, config.num_kv_heads, entries, config.head_dim)
     values = torch.zeros(shape, dtype=dtype, device=device)
-    if torch.device(device).type != "cpu" or wanted(torch.device(device)):
-        return torch.zeros_like(values), values
-    transposed = (*shape[:3], config.head_dim, entries)
-    return torch.zeros(transposed, dtype=dtype, device=device).transpose(-1, -2), values
+    return torch.zeros_like(values), values
 
 
 class QueryLog:
