@@ -19,8 +19,10 @@ import ctypes
 import functools
 import json
 import math
+import mmap
 import shutil
 import sys
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bdlib.attention import causal_attention
+from bdlib.attention import FEW, causal_attention
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
@@ -266,6 +268,19 @@ def rope_frequencies(rope: Mapping[str, Any], head_dim: int) -> tuple[Tensor, fl
     return inv_freq / factor * (1 - keep) + inv_freq * keep, float(attention)
 
 
+@functools.lru_cache(maxsize=8)
+def _rotation_tables(
+    rope: str, head_dim: int, positions: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Cosines and signed sines ``[positions, 1, D]``; a target and its drafter share them."""
+    with torch.inference_mode(False):  # made while decoding, they must serve training too
+        inv_freq, factor = rope_frequencies(json.loads(rope), head_dim)
+        angles = torch.arange(positions, dtype=torch.float32)[:, None] * inv_freq
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        tables = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
+        return tables[0][:, None].to(device, dtype), tables[1][:, None].to(device, dtype)
+
+
 @functools.cache
 def _can_pack(dtype: torch.dtype) -> bool:
     """Whether this build and CPU run oneDNN's packed product in ``dtype`` (tried on a small one)."""
@@ -281,11 +296,26 @@ def _can_pack(dtype: torch.dtype) -> bool:
         return False
 
 
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+_IN_FILES: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # of embeddings that are read from files
+
+
+def _glibc(function: str, *arguments: int) -> None:
+    """Call a function of glibc's allocator, where there is one."""
+    if sys.platform == "linux" and (call := getattr(ctypes.CDLL(None), function, None)):
+        call(*arguments)
+
+
 def give_back() -> None:
-    """Return freed memory to the system: packing weights leaves 100 MB in the heap, a long prompt more."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:  # glibc's alone
-        trim(0)
+    """Return memory to the system: packing weights leaves 100 MB in the heap, a long prompt more."""
+    _glibc("malloc_trim", 0)
+    _forget_rows()
+
+
+def _forget_rows() -> None:
+    """Drop what was read of embeddings in files; it is read again when it is asked for."""
+    for mapped in _IN_FILES if sys.platform == "linux" else ():
+        mapped.madvise(mmap.MADV_DONTNEED)
 
 
 class Linear(nn.Module):
@@ -426,7 +456,13 @@ class Decoder(nn.Module):
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Token ids ``[B, n]`` to the residual stream ``[B, n, C]``."""
-        return F.embedding(tokens, self.embedding).to(self._wide)
+        if not _IN_FILES or tokens.shape[-1] <= FEW:
+            return F.embedding(tokens, self.embedding).to(self._wide)
+        parts = []
+        for part in tokens.split(FEW, -1):
+            parts.append(F.embedding(part, self.embedding))
+            _forget_rows()  # the system reads 64 kB of the file for a row
+        return torch.cat(parts, -2).to(self._wide)
 
     def project(
         self, layer: Layer, x: Tensor, cos: Tensor, sin: Tensor
@@ -481,12 +517,9 @@ class Decoder(nn.Module):
                 " or stretch the model with YaRN (load_pair(..., context=N))"
             )
         if self._tables is None or self._tables[0].device != self.device:
-            with torch.inference_mode(False):  # made while decoding, they must serve training too
-                inv_freq, factor = rope_frequencies(self.config.rope, self.config.head_dim)
-                angles = torch.arange(limit, dtype=torch.float32)[:, None] * inv_freq
-                cos, sin = angles.cos() * factor, angles.sin() * factor
-                tables = torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1)
-                self._tables = tuple(t[:, None].to(self.device, self._wide) for t in tables)
+            rope = json.dumps(dict(self.config.rope), sort_keys=True)
+            place = self.config.head_dim, limit, self.device, self._wide
+            self._tables = _rotation_tables(rope, *place)
         return self._tables[0][start:stop], self._tables[1][start:stop]
 
     # ---------------------------------------------------------------- making, reading, writing
@@ -549,13 +582,43 @@ class Decoder(nn.Module):
         if config.tie_embeddings:
             model.head.weight = model.embedding
         model.requires_grad_(False)
-        return model.pack() if pack else model
+        if not pack:
+            return model
+        model.pack()
+        model._look_up_in(folder)
+        return model
+
+    def _look_up_in(self, folder: Path) -> None:
+        """Read embeddings from the file, where they are there in the dtype and shape that is wanted.
+
+        The packed head holds SmolLM2's embedding once already, 57 MB. What is read here is in memory
+        from the first look at it to the next :func:`give_back`.
+        """
+        wanted = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+        for file in sorted(folder.glob("*.safetensors")):
+            with file.open("rb") as stream:
+                size = int.from_bytes(stream.read(8), "little")
+                entry = json.loads(stream.read(size)).get("model.embed_tokens.weight")
+                if self.device.type == "cpu" and entry and entry["dtype"] == wanted.get(self.dtype):
+                    # A private copy of every page, so that PyTorch may think it writable.
+                    mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY)
+                    first, shape = 8 + size + entry["data_offsets"][0], self.embedding.shape
+                    rows = torch.frombuffer(
+                        mapped, dtype=self.dtype, count=shape.numel(), offset=first
+                    )
+                    self.embedding = nn.Parameter(rows.view(shape), requires_grad=False)
+                    _IN_FILES.add(mapped)
+                    give_back()
 
     def pack(self) -> Decoder:
         """Pack every matrix for CPU inference (see :class:`Linear`); returns ``self``."""
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
+        # From here on, what is freed of 4 MB and more goes back to the system at once: the scores of a
+        # long prompt, of ever other sizes, would leave holes of 60 MB.
+        _glibc("mallopt", M_MMAP_THRESHOLD, 1 << 22)
+        _glibc("mallopt", M_TRIM_THRESHOLD, 1 << 23)
         give_back()
         return self
 

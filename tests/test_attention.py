@@ -87,6 +87,16 @@ def test_many_queries(n, prefix, dtype):
     assert (found.double() - naive(q, k, v, prefix)).abs().max() < TOLERANCE[dtype]
 
 
+@pytest.mark.parametrize("scores", [1 << 23, 1 << 14, 1], ids=str)
+@pytest.mark.parametrize(("n", "prefix"), [(150, 0), (200, 1000), (129, 1500)])
+def test_many_queries_a_few_at_a_time(monkeypatch, n, prefix, scores):
+    monkeypatch.setattr(attention, "SCORES", scores)
+    q, k, v = draw(n, prefix + n, torch.bfloat16, heads=2, kv_heads=1)
+    q = q / 4  # of the size that queries have
+    found = attention.many_queries(q, k, v)
+    assert (found.double() - naive(q, k, v, prefix)).abs().max() < TOLERANCE[torch.bfloat16]
+
+
 def test_many_queries_grouped_and_batched():
     q, k, v = draw(37, 100, torch.float64, batch=2)
     assert torch.allclose(attention.many_queries(q, k, v), naive(q, k, v, 63), atol=1e-12)

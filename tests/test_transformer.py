@@ -6,6 +6,7 @@ of order 1; TOLERANCE leaves a factor of ten.
 """
 
 import json
+import sys
 
 import pytest
 import tiny
@@ -15,7 +16,7 @@ import transformers
 from bdlib import assets
 from bdlib.cache import KVCache, SparseKVCache
 from bdlib.selection import make_policy
-from bdlib.transformer import Decoder, DecoderConfig, Linear
+from bdlib.transformer import Decoder, DecoderConfig, Linear, give_back
 
 TOLERANCE = 1e-4
 SHAPE = {
@@ -287,6 +288,30 @@ def test_a_packed_matrix_is_the_same_matrix(columns, bias):
     assert torch.allclose(linear(x), expected, atol=1e-3)
     assert linear(x[:, :1]).shape == (1, 1, 40)
     assert torch.allclose(linear(x[:, :1]), expected[:, :1], atol=1e-3)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only there is read memory dropped on request")
+@pytest.mark.parametrize(
+    ("dtype", "pack"), [(torch.float32, True), (torch.float32, False), (torch.bfloat16, True)]
+)
+@torch.inference_mode()
+def test_embeddings_are_read_from_the_file_where_it_has_them(tmp_path, dtype, pack):
+    made = tiny.model(dtype=torch.float32)
+    made.save(tmp_path)
+    tokens = torch.arange(23).repeat(12)[None]  # more than are looked up at a time
+    expected = made.embed(tokens).to(dtype).float()
+    loaded = Decoder.load(tmp_path, dtype=dtype, pack=pack)
+    assert torch.equal(loaded.embed(tokens), expected)
+    give_back()
+    assert torch.equal(loaded.embed(tokens), expected)
+
+    (file,) = tmp_path.glob("*.safetensors")
+    with file.open("r+b") as stream:
+        weights = 8 + int.from_bytes(stream.read(8), "little")
+        stream.seek(weights)
+        stream.write(bytes(file.stat().st_size - weights))
+    give_back()
+    assert torch.equal(loaded.embed(tokens), expected) != (pack and dtype == torch.float32)
 
 
 # ------------------------------------------------------------------ refusals
