@@ -80,7 +80,7 @@ dashboard: fetch ## Serve the instructor's dashboard as a page of its own
 
 test: fetch ## Run all tests and every notebook, offline
 	@echo "==> tests, then every notebook (nbval and papermill)"
-	@$(PY) -m pytest --nbval --nbval-current-env tests $(LESSONS)
+	@$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 tests $(LESSONS)
 
 notebooks: fetch ## Run every lesson with papermill (PROFILE=quick, cpu or gpu)
 	@echo "==> lessons, profile $(PROFILE)"

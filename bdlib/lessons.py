@@ -21,6 +21,7 @@ from typing import Any
 from bdlib import assets
 
 PROFILES = ("quick", "cpu", "gpu")
+CELL_SECONDS = 600  # that a cell may take in the quick profile
 MAX_BYTES = 1_000_000
 _WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 _PARAMETERS = "parameters"
@@ -155,6 +156,8 @@ def _run_one(path: Path, destination: Path, profile: str, progress: bool) -> Fai
                 language="python",
                 cwd=empty,
                 progress_bar={"desc": "  cells"} if progress else False,
+                # Rarely a kernel and its client miss each other's message and wait for ever.
+                execution_timeout=CELL_SECONDS if profile == "quick" else None,
             )
             os.replace(scratch, destination)
         except papermill.PapermillExecutionError as error:

@@ -17,7 +17,10 @@ def test_stored_form(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lessons.label)
+# The solutions run once, with nbval.
+@pytest.mark.parametrize(
+    "path", [path for path in NOTEBOOKS if path.parent.name != "solutions"], ids=lessons.label
+)
 def test_runs_with_papermill(path, tmp_path):
     assert lessons.run([path], profile="quick", out=tmp_path, progress=False) == []
 
