@@ -3,16 +3,18 @@
 A drafter meets the target's text when it decodes, not only human text, and a target answers requests in
 words that no novel has. So some windows are a passage, a request about it in the chat format, and the
 target's own answer, sampled many sequences at a time. Others are a meeting that the target makes up from
-two opening turns: the project has no public-domain transcript to train on.
+two opening turns: the project has no public-domain transcript to train on. The third kind puts a question
+about such a meeting, and has the answer.
 
 Contract: the same target, documents and settings give the same windows on the same machine.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,7 +39,18 @@ REQUESTS = (
 )
 
 
-SOURCES = ("chat", "transcript")
+QUESTIONS = (
+    "What was said about {topic}?",
+    "Summarise the discussion about {topic}.",
+    "What did the {speaker} think about {topic}?",
+    "What was decided about {topic}, and why?",
+    "What were the problems with {topic}, and how did the group want to solve them?",
+    "Why did the {speaker} bring up {topic}?",
+    "What were the main points of the meeting?",
+    "Summarise the whole meeting.",
+)
+SOURCES = ("chat", "transcript", "meeting")
+TRANSCRIPT = 1024  # tokens of one meeting that is made up; the target loops in longer ones
 TOPICS = (
     "the budget for next year",
     "the design of the remote control",
@@ -100,7 +113,8 @@ class ContinuationSettings:
     batch
         Sequences sampled together.
     source
-        ``"chat"``: requests about passages; ``"transcript"``: openings of meetings.
+        ``"chat"``: requests about passages; ``"transcript"``: openings of meetings; ``"meeting"``:
+        questions about meetings (:func:`meetings`).
     spoken
         Share of the passages that are given in the form of a transcript (:func:`bdlib.corpora.spoken`).
     """
@@ -144,7 +158,13 @@ def prompts(
     tokens = settings.length - settings.answer
     choice = random.Random(settings.seed)
     if settings.source == "transcript":
-        return _openings(tokenizer, tokens, settings.windows, choice)
+        return torch.stack(
+            [_head(tokenizer, text, tokens) for text, _, _ in _openings(settings.windows, choice)]
+        )
+    if settings.source == "meeting":
+        if len(documents) != settings.windows:
+            raise ValueError(f"{len(documents)} meetings for windows {settings.windows}")
+        return torch.stack([corpora.chat_request(tokenizer, d, tokens) for d in documents])
     as_speech = round(settings.windows * settings.spoken)
     cut = []
     for texts, count in (
@@ -160,15 +180,61 @@ def prompts(
     return torch.stack(asked)
 
 
-def _openings(tokenizer: Any, tokens: int, count: int, choice: random.Random) -> Tensor:
-    asked = []
+def meetings(
+    target: Decoder,
+    tokenizer: Any,
+    settings: ContinuationSettings,
+    stop_tokens: Sequence[int] = (),
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Document]:
+    """A meeting for each window, with a question about it (``query``); the target makes both up.
+
+    Where a window needs more than one meeting, it gets several, and the question is about the first.
+    """
+    from bdlib import corpora
+
+    each = math.ceil(1.05 * (settings.length - settings.answer) / TRANSCRIPT)  # decoding loses some
+    count = settings.windows * each
+    openings = _openings(count, random.Random(settings.seed))
+    opened = min(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t, _, _ in openings)
+    opened = min(opened, TRANSCRIPT - 1)
+    told = replace(
+        settings,
+        windows=count,
+        length=TRANSCRIPT,
+        answer=TRANSCRIPT - opened,
+        temperature=0.9,
+        source="transcript",
+    )
+    texts = tokenizer.batch_decode(
+        continued(target, prompts(tokenizer, [], told), told, stop_tokens, progress)
+    )
+    choice = random.Random(settings.seed + 1)
+    return [
+        corpora.Document(
+            f"meeting {i}",
+            "\n".join(texts[i * each : (i + 1) * each]),
+            kind="meeting",
+            query=choice.choice(QUESTIONS).format(topic=topic, speaker=speaker),
+        )
+        for i, (_, topic, speaker) in enumerate(openings[::each])
+    ]
+
+
+def _openings(count: int, choice: random.Random) -> list[tuple[str, str, str]]:
+    """Opening, its topic and its first speaker."""
+    found = []
     for _ in range(count):
-        text = choice.choice(OPENINGS).format(topic=choice.choice(TOPICS))
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-        if len(ids) < tokens:
-            raise ValueError(f"an opening has {len(ids)} tokens, length - answer asks for {tokens}")
-        asked.append(torch.tensor(ids[:tokens]))
-    return torch.stack(asked)
+        text, topic = choice.choice(OPENINGS), choice.choice(TOPICS)
+        found.append((text.format(topic=topic), topic, text.partition(":")[0]))
+    return found
+
+
+def _head(tokenizer: Any, text: str, tokens: int) -> Tensor:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if len(ids) < tokens:
+        raise ValueError(f"an opening has {len(ids)} tokens, length - answer asks for {tokens}")
+    return torch.tensor(ids[:tokens])
 
 
 @torch.inference_mode()

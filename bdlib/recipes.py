@@ -23,7 +23,7 @@ import torch
 
 from bdlib import assets, models, teacher
 from bdlib.budgets import BudgetSampler, fixed
-from bdlib.continuations import ContinuationSettings, continued, prompts
+from bdlib.continuations import ContinuationSettings, continued, meetings, prompts
 from bdlib.objectives import Objective
 from bdlib.training import LOG, Trainer, TrainSettings
 from bdlib.transformer import Decoder
@@ -197,6 +197,44 @@ RECIPES: dict[str, Recipe] = {
             start="budgetdraft-feature-answers",
         ),
         Recipe(
+            "budgetdraft-feature-questions",
+            "The feature-conditioned drafter, trained on with more answers, some about meetings.",
+            replace(_FEATURE, objective=Objective("ce", "kl", 1.0), steps=1800, warmup=30, lr=1e-3),
+            kind="feature",
+            windows={4096: 64},
+            spoken={2048: 48},
+            own=(
+                ContinuationSettings(
+                    256, length=576, answer=288, temperature=0.6, batch=64, seed=1, spoken=0.4
+                ),
+                ContinuationSettings(
+                    64, length=2048, answer=256, temperature=0.6, batch=64, seed=3, spoken=0.4
+                ),
+                ContinuationSettings(
+                    64, length=1024, answer=968, temperature=0.9, batch=64, source="transcript"
+                ),
+                ContinuationSettings(
+                    240, length=576, answer=288, temperature=0.6, batch=60, seed=4, spoken=0.4
+                ),
+                ContinuationSettings(
+                    24, length=4096, answer=256, temperature=0.6, batch=24, seed=5, spoken=0.4
+                ),
+                ContinuationSettings(
+                    128,
+                    length=1216,
+                    answer=288,
+                    temperature=0.6,
+                    batch=64,
+                    seed=6,
+                    source="meeting",
+                ),
+                ContinuationSettings(
+                    16, length=4096, answer=256, temperature=0.6, batch=16, seed=7, source="meeting"
+                ),
+            ),
+            start="budgetdraft-feature-mixed",
+        ),
+        Recipe(
             "quick",
             "budgetdraft-feature-novels, a toy: a few steps on one novel, to watch a loss fall in a minute.",
             replace(
@@ -300,8 +338,12 @@ def _own_windows(
 ) -> torch.Tensor:
     from bdlib import corpora
 
-    asked = prompts(pair.tokenizer, corpora.load_texts(recipe.text), own)
-    return continued(pair.target, asked, own, sorted(pair.stop_tokens), progress)
+    stops = sorted(pair.stop_tokens)
+    if own.source == "meeting":
+        about = meetings(pair.target, pair.tokenizer, own, stops, progress)
+    else:
+        about = corpora.load_texts(recipe.text)
+    return continued(pair.target, prompts(pair.tokenizer, about, own), own, stops, progress)
 
 
 def _existing(

@@ -7,8 +7,15 @@ import tiny
 import torch
 from scipy import stats
 
-from bdlib import assets, corpora
-from bdlib.continuations import OPENINGS, REQUESTS, ContinuationSettings, continued, prompts
+from bdlib import assets, continuations, corpora
+from bdlib.continuations import (
+    OPENINGS,
+    REQUESTS,
+    ContinuationSettings,
+    continued,
+    meetings,
+    prompts,
+)
 
 
 def test_answers_follow_their_prompts_and_repeat():
@@ -70,6 +77,26 @@ def test_transcripts_begin_with_an_opening():
         prompts(tokenizer, [], ContinuationSettings(2, length=600, answer=100, source="transcript"))
 
 
+def test_questions_are_about_meetings_that_the_target_makes_up(monkeypatch):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(assets.model_folder("smollm2"))
+    monkeypatch.setattr(continuations, "TRANSCRIPT", 200)
+    settings = ContinuationSettings(3, length=390, answer=60, batch=6, source="meeting")
+    target = tiny.model(seed=5, vocab_size=len(tokenizer))
+    told = meetings(target, tokenizer, settings, stop_tokens=(0,))
+    assert told == meetings(target, tokenizer, settings, stop_tokens=(0,))
+    asked = prompts(tokenizer, told, settings)
+    assert asked.shape == (3, 330)  # two meetings in each
+    for document, row in zip(told, asked, strict=True):
+        shown = tokenizer.decode(row)
+        assert document.text[:60] in shown
+        assert document.query in shown.rpartition("\n\n")[2]
+        assert "{" not in document.query
+    with pytest.raises(ValueError, match="2 meetings for windows 3"):
+        prompts(tokenizer, told[:2], settings)
+
+
 def test_a_share_of_the_passages_is_spoken():
     from transformers import AutoTokenizer
 
@@ -85,7 +112,7 @@ def test_a_share_of_the_passages_is_spoken():
         ({"windows": 0}, "windows 0"),
         ({"answer": 30}, "answer 30 must be shorter than the window of 30"),
         ({"temperature": -1}, "temperature -1"),
-        ({"source": "novel"}, "source 'novel' is not one of chat, transcript"),
+        ({"source": "novel"}, "source 'novel' is not one of chat, transcript, meeting"),
         ({"spoken": 1.5}, "spoken 1.5 must be in 0..1"),
     ],
 )
