@@ -9,6 +9,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 PROFILE ?= quick
+# Processes that tests and notebooks are shared among, one thread each.
+WORKERS ?= 2
 # More options for JupyterLab, for example LAB_OPTIONS="--no-browser --port=8899".
 LAB_OPTIONS ?=
 # The same for the dashboard, for example VOILA_OPTIONS="--no-browser --port=8866".
@@ -80,7 +82,8 @@ dashboard: fetch ## Serve the instructor's dashboard as a page of its own
 
 test: fetch ## Run all tests and every notebook, offline
 	@echo "==> tests, then every notebook (nbval and papermill)"
-	@$(PY) -m pytest --nbval --nbval-current-env --nbval-cell-timeout=600 tests $(LESSONS)
+	@OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist loadfile \
+		--nbval --nbval-current-env --nbval-cell-timeout=600 tests $(LESSONS)
 
 notebooks: fetch ## Run every lesson with papermill (PROFILE=quick, cpu or gpu)
 	@echo "==> lessons, profile $(PROFILE)"

@@ -143,6 +143,8 @@ def run(
 def _run_one(path: Path, destination: Path, profile: str, progress: bool) -> Failure | None:
     import papermill
 
+    from bdlib.patient import PatientManager
+
     # papermill stores the copy after every cell: under another name until the run is over.
     scratch = destination.resolve().with_name(f".{path.stem}.writing.ipynb")
     # A kernel starts in an empty folder, so that a lesson cannot rely on where it lies.
@@ -156,8 +158,8 @@ def _run_one(path: Path, destination: Path, profile: str, progress: bool) -> Fai
                 language="python",
                 cwd=empty,
                 progress_bar={"desc": "  cells"} if progress else False,
-                # Rarely a kernel and its client miss each other's message and wait for ever.
                 execution_timeout=CELL_SECONDS if profile == "quick" else None,
+                kernel_manager_class=PatientManager,
             )
             os.replace(scratch, destination)
         except papermill.PapermillExecutionError as error:
