@@ -281,6 +281,18 @@ def _rotation_tables(
         return tables[0][:, None].to(device, dtype), tables[1][:, None].to(device, dtype)
 
 
+def _shares(
+    config: DecoderConfig, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """By how much each head is turned, the scale of queries included, and kept: ``[H + 2 H_kv, 1]``."""
+    c = config
+    with torch.inference_mode(False):
+        heads = torch.tensor([c.num_heads, c.num_kv_heads, c.num_kv_heads])
+        parts = torch.tensor([[c.head_dim**-0.5, 1, 0], [0, 0, 1]]).repeat_interleave(heads, 1)
+        turned, still = parts[..., None].to(device, dtype)
+    return turned, still
+
+
 @functools.cache
 def _can_pack(dtype: torch.dtype) -> bool:
     """Whether this build and CPU run oneDNN's packed product in ``dtype`` (tried on a small one)."""
@@ -296,6 +308,7 @@ def _can_pack(dtype: torch.dtype) -> bool:
         return False
 
 
+ROWS = 5  # a packed product of so few rows takes less time than one of a single row
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
 _IN_FILES: weakref.WeakSet[mmap.mmap] = weakref.WeakSet()  # of embeddings that are read from files
 
@@ -318,12 +331,21 @@ def _forget_rows() -> None:
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
+@functools.lru_cache(maxsize=64)
+def _nothing(dims: int, rows: int, width: int, dtype: torch.dtype) -> Tensor:
+    """Zeros ``[.., rows, width]`` to fill a product up with."""
+    with torch.inference_mode(False):
+        return torch.zeros(*[1] * (dims - 2), rows, width, dtype=dtype)
+
+
 class Linear(nn.Module):
     """``y = x W^T + b`` with an optional packed weight for CPU inference.
 
     :meth:`pack` replaces the weight by oneDNN's blocked copy, the layout ``torch.compile`` uses when
     it freezes a model. On the machine of lesson 02 that is 1.4 to 1.6 times faster in bfloat16 and
-    2 to 4 times in float32 than ``F.linear``, for one row as for nine.
+    2 to 4 times in float32 than ``F.linear``, for one row as for nine. Fewer than five rows of one
+    sequence are filled up with zeros: oneDNN takes another path for them, which takes a fifth longer
+    and, for a single long row, sums in another order than for a row among several.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
@@ -334,15 +356,15 @@ class Linear(nn.Module):
         self.shape = (out_features, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.packed is None:
-            return F.linear(x, self.weight, self.bias)
-        if x.numel() == x.shape[-1] > 1024:
-            # oneDNN sums a single long row in another order than a row among several: use two.
-            return self._product(x.reshape(1, -1).repeat(2, 1))[:1].view(*x.shape[:-1], -1)
-        return self._product(x)
-
-    def _product(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
+        packed, bias = self.packed, self.bias
+        if packed is None:
+            return F.linear(x, self.weight, bias)
+        product = torch.ops.mkldnn._linear_pointwise.default
+        rows, width = x.shape[-2], x.shape[-1]
+        if rows >= ROWS or x.numel() > rows * width:
+            return product(x, packed, bias, "none", [], "")
+        x = torch.cat((x, _nothing(x.dim(), ROWS - rows, width, x.dtype)), -2)
+        return product(x, packed, bias, "none", [], "")[..., :rows, :]
 
     def pack(self, rows: int = 8) -> None:
         """Pack for products with a few rows; a no-op where oneDNN has no kernel for the dtype."""
@@ -393,15 +415,17 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding
         # Token ids of the head's rows, if not all; a buffer, so that it moves with the weights.
         self.register_buffer("vocabulary", None, persistent=False)
-        self._tables: tuple[Tensor, Tensor] | None = None
+        self._tables: tuple[Tensor, ...] | None = None
+        self._eps = torch.tensor(config.rms_eps, dtype=torch.float64, device="cpu")
 
+    # Both are asked for in every layer, and a module's own look-up of a parameter is slow.
     @property
     def device(self) -> torch.device:
-        return self.embedding.device
+        return self._parameters["embedding"].device
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.embedding.dtype
+        return self._parameters["embedding"].dtype
 
     def weight_bytes(self) -> int:
         """Bytes of weights that one decoding step reads: every matrix once, the head included."""
@@ -469,22 +493,19 @@ class Decoder(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Queries ``[B, H, n, D]`` (rotated, scaled), keys ``[B, H_kv, n, D]`` (rotated) and values.
 
-        Keys come in the residual's dtype: whoever stores them rounds them once.
+        ``cos`` and ``sin`` are those of :meth:`rotations`, which hold the scale too.
         """
         c = self.config
-        rotated = c.num_heads + c.num_kv_heads
+        heads = c.num_heads, c.num_kv_heads, c.num_kv_heads
         qkv = layer.qkv(self._norm(x, layer.attention_norm))
-        qkv = qkv.view(*x.shape[:2], rotated + c.num_kv_heads, c.head_dim)
-        qk = qkv[:, :, :rotated].to(self._wide)  # [B, n, H + H_kv, D]
+        wide = qkv.view(*x.shape[:2], -1, c.head_dim).to(self._wide)  # [B, n, H + 2 H_kv, D]
         if layer.q_norm is not None:
-            weights = (layer.q_norm, layer.k_norm)
-            parts = qk.split((c.num_heads, c.num_kv_heads), dim=2)
-            normed = [self._norm(p, w, keep=True) for p, w in zip(parts, weights, strict=True)]
-            qk = torch.cat(normed, dim=2)
+            q, k, v = wide.split(heads, dim=2)
+            q, k = self._norm(q, layer.q_norm, keep=True), self._norm(k, layer.k_norm, keep=True)
+            wide = torch.cat((q, k, v), dim=2)
         # Rotate halves: x cos + roll(x) sin, with the sign folded into the sine table.
-        qk = torch.addcmul(qk * cos, qk.roll(c.head_dim // 2, -1), sin).transpose(1, 2)
-        q = (qk[:, : c.num_heads] * c.head_dim**-0.5).to(qkv.dtype)
-        return q, qk[:, c.num_heads :], qkv[:, :, rotated:].transpose(1, 2)
+        turned = torch.addcmul(wide * cos, wide.roll(c.head_dim // 2, -1), sin)
+        return turned.to(qkv.dtype).transpose(1, 2).split(heads, dim=1)
 
     def finish(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
         """Add what attention ``[B, H, n, D]`` found, then the MLP, to the residual stream."""
@@ -495,15 +516,24 @@ class Decoder(nn.Module):
     @property
     def _wide(self) -> torch.dtype:
         """float32 for half types, else the model's own dtype."""
-        return self.dtype if self.dtype in (torch.float32, torch.float64) else torch.float32
+        dtype = self.dtype
+        return torch.float32 if dtype.itemsize < 4 else dtype
 
     def _norm(self, x: Tensor, weight: Tensor, keep: bool = False) -> Tensor:
         """RMS norm in the residual's dtype; the result in the weights' dtype unless ``keep``."""
-        normed = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.config.rms_eps)
+        if x.device.type == "cpu" and not torch.is_grad_enabled():  # half of rms_norm's operations
+            length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+            square = torch.addcmul(self._eps, length, length, value=1 / x.shape[-1])
+            normed = (x * square.rsqrt_()).mul_(weight)
+        else:
+            normed = F.rms_norm(x, x.shape[-1:], weight.to(x.dtype), self.config.rms_eps)
         return normed if keep else normed.to(self.dtype)
 
     def rotations(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Cosines and signed sines ``[n, 1, D]`` for positions ``start`` to ``stop``.
+        """Cosines and signed sines ``[n, H + 2 H_kv, D]`` for positions ``start`` to ``stop``.
+
+        One product with them turns and scales what :meth:`project` makes: those of queries are scaled
+        by ``D ** -0.5``, those of keys are not, and those of values are ones and zeros.
 
         Raises
         ------
@@ -517,10 +547,12 @@ class Decoder(nn.Module):
                 " or stretch the model with YaRN (load_pair(..., context=N))"
             )
         if self._tables is None or self._tables[0].device != self.device:
-            rope = json.dumps(dict(self.config.rope), sort_keys=True)
-            place = self.config.head_dim, limit, self.device, self._wide
-            self._tables = _rotation_tables(rope, *place)
-        return self._tables[0][start:stop], self._tables[1][start:stop]
+            c = self.config
+            rope = json.dumps(dict(c.rope), sort_keys=True)
+            tables = _rotation_tables(rope, c.head_dim, limit, self.device, self._wide)
+            self._tables = *tables, *_shares(c, self.device, self._wide)
+        cos, sin, turned, still = self._tables
+        return torch.addcmul(still, cos[start:stop], turned), sin[start:stop] * turned
 
     # ---------------------------------------------------------------- making, reading, writing
     @classmethod
@@ -615,6 +647,9 @@ class Decoder(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.pack()
+        for name, weight in self.named_parameters():
+            if name.endswith("norm"):
+                weight.data = weight.data.to(self._wide)  # in which a norm multiplies, once for all
         # From here on, what is freed of 4 MB and more goes back to the system at once: the scores of a
         # long prompt, of ever other sizes, would leave holes of 60 MB.
         _glibc("mallopt", M_MMAP_THRESHOLD, 1 << 22)
@@ -726,13 +761,14 @@ def _from_fused(model: Decoder) -> Iterator[tuple[str, Tensor]]:
         "down": (c.hidden_size,),
     }
     yield "model.embed_tokens.weight", model.embedding.detach()
-    yield "model.norm.weight", model.final_norm.detach()
+    yield "model.norm.weight", model.final_norm.detach().to(model.dtype)
     if not c.tie_embeddings:
         yield "lm_head.weight", model.head.dense()
     for i, layer in enumerate(model.layers):
         for name, hf_name in _NORMS.items():
             if getattr(layer, name) is not None:
-                yield f"model.layers.{i}.{hf_name}.weight", getattr(layer, name).detach()
+                norm = getattr(layer, name).detach()
+                yield f"model.layers.{i}.{hf_name}.weight", norm.to(model.dtype)
         for name, hf_names in _MATRICES.items():
             matrix = getattr(layer, name)
             for kind, tensor in (("weight", matrix.dense()), ("bias", matrix.bias)):
