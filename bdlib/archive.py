@@ -176,7 +176,7 @@ def _header(path: Path) -> list[str]:
 
 
 def _from_csv(path: Path) -> list[Measurement]:
-    """Rows of a sweep's results; cells that select again while they decode are left out.
+    """Rows of a sweep's results, but for cells that select again or choose gamma while they decode.
 
     What was generated is a kind of text of its own (``"books, continued"``, ``"books, chat"``), and so
     is what went in loops.
@@ -187,7 +187,7 @@ def _from_csv(path: Path) -> list[Measurement]:
     found = []
     with path.open(encoding="utf8", newline="") as stream:
         for row in csv.DictReader(stream):
-            if row.get("refresh"):
+            if row.get("refresh") or row.get("controller") == "true":
                 continue
             forced = row["regime"] == "teacher-forced"
             made = "" if forced else ", chat" if row["regime"] == "chat" else ", continued"

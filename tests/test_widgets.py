@@ -80,14 +80,15 @@ def test_agreement_file_is_read_for_both_verifiers(tmp_path):
 def test_a_sweep_keeps_its_ways_of_measuring_apart(tmp_path):
     path = tmp_path / "results.csv"
     path.write_text(
-        "regime,drafter,policy,budget,context,gamma,text,temperature,refresh,looping,windows,"
+        "regime,drafter,policy,budget,context,gamma,text,temperature,refresh,controller,looping,windows,"
         "by_position,acceptance_rate,acceptance_rate_low,acceptance_rate_high,agreement,alpha,"
         "speedup_decode\n"
-        "sampling,d,snapkv,128,2048,4,books,0.7,,false,3,0.6 0.5,0.4,0.3,0.5,,,1.5\n"
-        "greedy,d,snapkv,128,2048,4,books,0,,true,3,0.9 0.9,0.8,0.7,0.9,,,2.5\n"
-        "chat,d,snapkv,128,2048,4,books,0,,false,3,0.2 0.1,0.15,0.1,0.2,,,0.9\n"
-        "greedy,d,snapkv,128,4096,4,books,0,32,false,3,0.2 0.1,0.15,0.1,0.2,,,0.9\n"
-        "teacher-forced,d,full,,2048,,books,,,,3,0.55 0.5,,,,0.55,0.6,\n"
+        "sampling,d,snapkv,128,2048,4,books,0.7,,false,false,3,0.6 0.5,0.4,0.3,0.5,,,1.5\n"
+        "greedy,d,snapkv,128,2048,4,books,0,,false,true,3,0.9 0.9,0.8,0.7,0.9,,,2.5\n"
+        "chat,d,snapkv,128,2048,4,books,0,,false,false,3,0.2 0.1,0.15,0.1,0.2,,,0.9\n"
+        "chat,d,snapkv,128,8192,12,books,0,,true,false,3,0.2 0.1,0.15,0.1,0.2,,,0.9\n"
+        "greedy,d,snapkv,128,4096,4,books,0,32,false,false,3,0.2 0.1,0.15,0.1,0.2,,,0.9\n"
+        "teacher-forced,d,full,,2048,,books,,,,,3,0.55 0.5,,,,0.55,0.6,\n"
     )
     store = Archive.read([path])
     where = ("d", "snapkv", 128, 2048)
@@ -96,7 +97,7 @@ def test_a_sweep_keeps_its_ways_of_measuring_apart(tmp_path):
     assert store.find("books, continued in loops", *where, 0.0, gamma=4).speedup == 2.5
     assert store.find("books, chat", *where, 0.0, gamma=4).speedup == 0.9
     assert store.find("books", *where, 0.0, gamma=4) is None
-    assert store.values("context") == [2048]  # what selects anew is another method
+    assert store.values("context") == [2048]  # what selects anew, or chooses gamma, is another method
     assert store.find("books", "d", "snapkv", None, 2048, 0.0).acceptance == 0.55
     assert store.find("books", "d", "snapkv", None, 2048, 1.0).acceptance == 0.6
 
