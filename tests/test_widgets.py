@@ -97,7 +97,8 @@ def test_a_sweep_keeps_its_ways_of_measuring_apart(tmp_path):
     assert store.find("books, continued in loops", *where, 0.0, gamma=4).speedup == 2.5
     assert store.find("books, chat", *where, 0.0, gamma=4).speedup == 0.9
     assert store.find("books", *where, 0.0, gamma=4) is None
-    assert store.values("context") == [2048]  # what selects anew, or chooses gamma, is another method
+    # What selects anew, or chooses gamma, is another method.
+    assert store.values("context") == [2048]
     assert store.find("books", "d", "snapkv", None, 2048, 0.0).acceptance == 0.55
     assert store.find("books", "d", "snapkv", None, 2048, 1.0).acceptance == 0.6
 
