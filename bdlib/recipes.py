@@ -59,7 +59,7 @@ class Recipe:
     own
         Windows of the target's own text besides (:mod:`bdlib.continuations`).
     start
-        Shipped drafter to go on from; ``None`` starts anew.
+        Drafter in ``data/checkpoints`` to go on from; ``None`` starts anew.
     top, last
         See :class:`bdlib.teacher.TeacherSettings`.
     """
@@ -383,14 +383,28 @@ def _windows(
     return torch.stack(tiles[:count])
 
 
+def _start(recipe: Recipe) -> Path | None:
+    """The folder of the drafter that a recipe goes on from; ``None`` where it starts anew."""
+    if recipe.start is None:
+        return None
+    try:
+        return models.checkpoint(recipe.start)
+    except ValueError as error:
+        raise ValueError(
+            f"recipe {recipe.name!r} goes on from {recipe.start!r}: {error}; train that recipe first"
+            f" and copy its folder 'drafter' to data/checkpoints/{recipe.start}"
+        ) from None
+
+
 def untrained(recipe: Recipe, pair: Pair) -> Decoder:
     """The drafter before training, in float32, on the pair's device."""
     from bdlib import corpora
 
     target, rows = pair.target, None
     if recipe.start is not None:
-        folder = models.checkpoint(recipe.start)
-        return models.trainable(models.load_drafter(folder, target, torch.float32, pack=False))
+        return models.trainable(
+            models.load_drafter(_start(recipe), target, torch.float32, pack=False)
+        )
     if recipe.kind == "hub":
         if pair.drafter is None:
             raise ValueError(f"recipe {recipe.name!r}: the pair {pair.name!r} has no second model")
@@ -436,8 +450,10 @@ def train(
     Raises
     ------
     ValueError
-        For targets of another model, or a folder that holds a run with other settings.
+        For targets of another model, a folder that holds a run with other settings, or a drafter to
+        go on from that is not there.
     """
+    _start(recipe)  # the targets may take hours
     pair = load(recipe) if pair is None else pair
     alone = contextlib.nullcontext() if accelerator is None else accelerator.main_process_first()
     with alone:  # the first process computes the targets, the others read them

@@ -270,6 +270,17 @@ def test_a_recipe_can_go_on_from_a_shipped_drafter(place, pair, trained, tmp_pat
     assert not torch.equal(trainer.model.fuse.weight, before.fuse.weight)
 
 
+def test_a_missing_start_is_named_before_any_target_is_computed(place, pair, tmp_path):
+    chosen = recipe(place, "budgetdraft-feature-novels", start="nobody")
+    with pytest.raises(ValueError, match="goes on from 'nobody': no shipped drafter.*train that"):
+        recipes.train(chosen, tmp_path / "run", tmp_path / "teacher", pair)
+    assert not (tmp_path / "teacher").exists()
+
+
+def test_every_start_is_a_recipe():
+    assert {recipe.start for recipe in recipes.RECIPES.values()} <= {None, *recipes.RECIPES}
+
+
 def test_own_answers_become_a_store(place, pair, tmp_path, monkeypatch):
     from bdlib.continuations import ContinuationSettings
 
