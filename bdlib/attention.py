@@ -16,7 +16,8 @@ The merge is the identity behind FlashDecoding (arXiv 2205.14135): with ``o_i`` 
 mean over part ``i`` and ``lse_i`` its log normaliser, the mean over both parts is
 ``sum_i o_i exp(lse_i) / sum_i exp(lse_i)``.
 
-On a GPU :func:`few_queries` is the kernel of :mod:`bdlib.kernels.verify`, where the shapes suit it.
+On a GPU :func:`few_queries` is the kernel of :mod:`bdlib.kernels.verify`, where the shapes suit it, and
+on a CPU for which it can be compiled that of :mod:`bdlib.kernels.native`.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bdlib.kernels import native
 from bdlib.kernels.launching import layout_fault, use_triton, wanted
 from bdlib.kernels.verify import verify
 
@@ -60,6 +62,10 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int, room: Tensor | None
         and use_triton("auto", "k", k, q.shape[3], layout_fault(k=k, v=v))
     ):
         return verify(q, k, v, start + q.shape[2], check=False)
+    if q.device.type == "cpu" and not _needs_gradient(q, k, v):
+        out = native.attend(q, k, v, start)
+        if out is not None:
+            return out
     if q.device.type == "cpu" and start < BLOCK < start + q.shape[2]:
         parts = q.tensor_split([BLOCK - start], 2)
         before = few_queries(parts[0], k[:, :, :BLOCK], v[:, :, :BLOCK], start, room)

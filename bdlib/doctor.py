@@ -15,7 +15,7 @@ _CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16")
 
 
 def examine() -> list[tuple[str, str]]:
-    """Rows of (what, value). Nothing is fetched or changed."""
+    """Rows of (what, value). Nothing is fetched; the attention kernel may be compiled."""
     rows = [("bdlib", __version__), ("python", f"{platform.python_version()} ({sys.executable})")]
     rows += [(package, _version(package)) for package in _PACKAGES]
     rows += [("platform", platform.platform()), ("cpu", cpu_name()), ("cpu flags", _cpu_flags())]
@@ -67,7 +67,10 @@ def _torch_rows() -> list[tuple[str, str]]:
         import torch
     except ImportError as error:
         return [("torch import", f"fails: {error}")]
+    from bdlib.kernels import native
+
     rows = [("torch threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")]
+    rows.append(("attention in C", native.state()))
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         rows.append(("cuda", f"{torch.version.cuda}: {', '.join(names)}"))

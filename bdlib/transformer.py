@@ -10,6 +10,8 @@ What makes it quick on CPU, measured in lesson 02:
 * query, key and value projections are one matrix, and so are gate and up;
 * weights are packed once into oneDNN's blocked layout, which also makes a row's result independent
   of how many rows are computed beside it: verifying five tokens rounds as five single steps do;
+* attention of a few queries is one pass over keys and values, in C, where a compiler is there
+  (:mod:`bdlib.kernels.native`);
 * the residual stream stays in float32, so bfloat16 rounding does not pile up over layers.
 """
 
