@@ -506,7 +506,8 @@ class Decoder(nn.Module):
             q, k = self._norm(q, layer.q_norm, keep=True), self._norm(k, layer.k_norm, keep=True)
             wide = torch.cat((q, k, v), dim=2)
         # Rotate halves: x cos + roll(x) sin, with the sign folded into the sine table.
-        turned = torch.addcmul(wide * cos, wide.roll(c.head_dim // 2, -1), sin)
+        rolled = wide.roll(c.head_dim // 2, -1)
+        turned = wide.mul_(cos).addcmul_(rolled, sin)
         return turned.to(qkv.dtype).transpose(1, 2).split(heads, dim=1)
 
     def finish(self, layer: Layer, x: Tensor, attended: Tensor) -> Tensor:
