@@ -16,8 +16,8 @@ The merge is the identity behind FlashDecoding (arXiv 2205.14135): with ``o_i`` 
 mean over part ``i`` and ``lse_i`` its log normaliser, the mean over both parts is
 ``sum_i o_i exp(lse_i) / sum_i exp(lse_i)``.
 
-On a GPU :func:`few_queries` is the kernel of :mod:`bdlib.kernels.verify`, where the shapes suit it, and
-on a CPU for which it can be compiled that of :mod:`bdlib.kernels.native`.
+On a GPU :func:`few_queries` is the kernel of :mod:`bdlib.kernels.verify`, where the shapes suit it. On a
+CPU for which it can be compiled, :mod:`bdlib.kernels.native` does both of a cache's shapes in bfloat16.
 """
 
 from __future__ import annotations
@@ -62,10 +62,8 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int, room: Tensor | None
         and use_triton("auto", "k", k, q.shape[3], layout_fault(k=k, v=v))
     ):
         return verify(q, k, v, start + q.shape[2], check=False)
-    if q.device.type == "cpu" and not _needs_gradient(q, k, v):
-        out = native.attend(q, k, v, start)
-        if out is not None:
-            return out
+    if (out := _in_c(q, k, v, start)) is not None:
+        return out
     if q.device.type == "cpu" and start < BLOCK < start + q.shape[2]:
         parts = q.tensor_split([BLOCK - start], 2)
         before = few_queries(parts[0], k[:, :, :BLOCK], v[:, :, :BLOCK], start, room)
@@ -105,6 +103,8 @@ def many_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """A piece of the prompt over everything before it and, causally, itself: ``[B, H, n, D]``."""
     batch, heads, n, dim = q.shape
     kv_heads, prefix = k.shape[1], k.shape[2] - n
+    if (out := _in_c(q, k, v, prefix)) is not None:
+        return out
     if q.device.type != "cpu":
         from torch.nn.attention.bias import causal_lower_right
 
@@ -133,6 +133,12 @@ def many_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     grouped = q.reshape(batch, kv_heads, -1, dim)
     before, before_lse = _flash_cpu(grouped, k[:, :, :prefix], v[:, :, :prefix], causal=False)
     return merge(out, lse, before.reshape(q.shape), before_lse.reshape(lse.shape))
+
+
+def _in_c(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor | None:
+    if q.device.type != "cpu" or _needs_gradient(q, k, v):
+        return None
+    return native.attend(q, k, v, start)
 
 
 def merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> Tensor:

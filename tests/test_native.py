@@ -49,8 +49,8 @@ def exact(q, k, v, start):
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("length", LENGTHS)
 def test_it_is_a_softmax(shape, length):
-    for n in {1, 2, 5, 12, 16}:
-        if n <= length and shape[0] // shape[1] * n <= native.MOST_ROWS:
+    for n in {1, 2, 5, 12, 16, 63, 200}:
+        if n <= length:
             q, k, v = draw(*shape, n, length)
             found = native.attend(q, k, v, length - n)
             expected = exact(q, k, v, length - n)
@@ -61,12 +61,12 @@ def test_it_is_a_softmax(shape, length):
 
 
 @needs_library
-def test_rows_do_not_depend_on_their_neighbours_the_threads_or_what_lies_beyond():
+def test_rows_do_not_depend_on_their_neighbours_or_the_threads():
     for length in (300, 1000):
-        q, k, v = draw(9, 3, 64, 13, length)
-        together = native.attend(q, k, v, length - 13)
-        for i in range(13):
-            start = length - 13 + i
+        q, k, v = draw(9, 3, 64, 60, length)
+        together = native.attend(q, k, v, length - 60)
+        for i in range(60):
+            start = length - 60 + i
             assert torch.equal(
                 native.attend(q[:, :, i : i + 1], k, v, start), together[:, :, i : i + 1]
             )
@@ -74,7 +74,7 @@ def test_rows_do_not_depend_on_their_neighbours_the_threads_or_what_lies_beyond(
         try:
             for count in (1, 2, 3):
                 torch.set_num_threads(count)
-                assert torch.equal(native.attend(q, k, v, length - 13), together)
+                assert torch.equal(native.attend(q, k, v, length - 60), together)
         finally:
             torch.set_num_threads(threads)
 
@@ -118,8 +118,7 @@ def test_what_it_is_not_for_is_left_to_pytorch():
     q, k, v = draw(9, 3, 64, 2, 64)
     assert native.attend(q.float(), k.float(), v.float(), 62) is None
     assert native.attend(*draw(9, 3, 40, 2, 64), 62) is None
-    assert native.attend(*draw(9, 3, 64, native.MOST_QUERIES + 1, 64), 40) is None
-    assert native.attend(*draw(32, 1, 64, 8, 64), 56) is None
+    assert native.attend(*draw(129, 1, 32, 1, 64), 63) is None
     turned = k.transpose(-1, -2).contiguous().transpose(-1, -2)
     assert native.attend(q, turned, v, 62) is None
 
