@@ -532,6 +532,9 @@ def gpu(
     dry: Annotated[
         bool, typer.Option("--dry", help="Tiny sizes on the CPU, to see that it reaches its end.")
     ] = False,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Fewer shapes, lengths and repeats: a few minutes.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Chooses texts and random inputs.")] = 0,
 ) -> None:
     """Everything about a GPU in one report: kernels right and fast, decoding, training."""
@@ -539,7 +542,10 @@ def gpu(
         os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported, later than this
     from bdlib import bench_gpu
 
-    report = bench_gpu.run(out, dry, seed, lambda words: typer.echo(f"bench: {words}", err=True))
+    def say(words: str) -> None:
+        typer.echo(f"bench: {words}", err=True)
+
+    report = bench_gpu.run(out, dry, seed, say, quick)
     typer.echo(bench_gpu.summary(report))
     typer.echo(f"wrote {out / 'report.json'} and {out / 'report.html'}")
     raise typer.Exit(1 if report["faults"] else 0)

@@ -48,7 +48,7 @@ from bdlib.transformer import Decoder, DecoderConfig
 
 SCHEMA = 1
 MARK = "dry run: no figure of a GPU"
-SHIPPED = ("budgetdraft", "budgetdraft-feature")
+SHIPPED = ("budgetdraft", "budgetdraft-feature", "budgetdraft-feature-gpu")
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest error allowed, over the largest value expected; twice that for gradients."""
 CHUNK, WINDOW = 8, 16  # tokens of a chunk, and of the recent window in kernel benchmarks
@@ -101,6 +101,17 @@ class Sizes:
     windows: int = 8
 
 
+QUICK = Sizes(
+    shapes=Sizes.shapes[:2],
+    timed_shapes=1,
+    lengths=(1, 63, 1000),
+    contexts=(4096, 16_384),
+    repeats=20,
+    samples=2,
+    new_tokens=64,
+    steps=15,
+)
+"""For a GPU lent for minutes: fewer shapes, lengths and repeats of the same things."""
 DRY = Sizes(
     device="cpu",
     shapes=(("toy", 2, 2, 64),),
@@ -131,6 +142,7 @@ def run(
     dry: bool = False,
     seed: int = 0,
     progress: Callable[[str], None] | None = None,
+    quick: bool = False,
 ) -> dict[str, Any]:
     """Run every section and write the report into the folder ``out``; returns it.
 
@@ -138,6 +150,8 @@ def run(
     ----------
     dry
         Tiny sizes in triton's interpreter (TRITON_INTERPRET=1 must be set before Python starts).
+    quick
+        The sizes of :data:`QUICK`.
     progress
         Called with a few words before each section.
 
@@ -146,7 +160,7 @@ def run(
     ValueError
         If there is no GPU (and ``dry`` is not asked for), no triton, or no way to write to ``out``.
     """
-    sizes = DRY if dry else Sizes()
+    sizes = DRY if dry else QUICK if quick else Sizes()
     _check_machine(dry)
     out = Path(out).expanduser()
     out.mkdir(parents=True, exist_ok=True)
@@ -157,6 +171,7 @@ def run(
         "schema": SCHEMA,
         "bench": "gpu",
         "dry": dry,
+        "quick": quick,
         "mark": MARK if dry else None,
         "device": _device_facts(sizes),
         "seed": seed,

@@ -4,7 +4,7 @@ A drafter meets the target's text when it decodes, not only human text, and a ta
 words that no novel has. So some windows are a passage, a request about it in the chat format, and the
 target's own answer, sampled many sequences at a time. Others are a meeting that the target makes up from
 two opening turns: the project has no public-domain transcript to train on. The third kind puts a question
-about such a meeting, and has the answer.
+about such a meeting, and has the answer. The fourth goes on from a passage, without any request.
 
 Contract: the same target, documents and settings give the same windows on the same machine.
 """
@@ -49,7 +49,7 @@ QUESTIONS = (
     "What were the main points of the meeting?",
     "Summarise the whole meeting.",
 )
-SOURCES = ("chat", "transcript", "meeting")
+SOURCES = ("chat", "transcript", "meeting", "passage")
 TRANSCRIPT = 1024  # tokens of one meeting that is made up; the target loops in longer ones
 TOPICS = (
     "the budget for next year",
@@ -105,7 +105,7 @@ class ContinuationSettings:
     windows
         How many.
     length
-        Tokens of a window: prompt and answer.
+        Tokens of a sequence: prompt and answer.
     answer
         Tokens of the answer.
     temperature
@@ -114,9 +114,12 @@ class ContinuationSettings:
         Sequences sampled together.
     source
         ``"chat"``: requests about passages; ``"transcript"``: openings of meetings; ``"meeting"``:
-        questions about meetings (:func:`meetings`).
+        questions about meetings (:func:`meetings`); ``"passage"``: passages, to be continued.
     spoken
         Share of the passages that are given in the form of a transcript (:func:`bdlib.corpora.spoken`).
+    pack
+        Sequences laid end to end in one window of ``pack * length`` tokens. Each is sampled alone; the
+        targets of a window are what the target says having read all of it.
     """
 
     windows: int
@@ -127,9 +130,10 @@ class ContinuationSettings:
     seed: int = 0
     source: str = "chat"
     spoken: float = 0.0
+    pack: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("windows", "length", "answer", "batch"):
+        for name in ("windows", "length", "answer", "batch", "pack"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
         if self.answer >= self.length:
@@ -146,7 +150,7 @@ class ContinuationSettings:
 def prompts(
     tokenizer: Any, documents: Sequence[Document], settings: ContinuationSettings
 ) -> Tensor:
-    """What the target goes on from, ``[windows, length - answer]``.
+    """What the target goes on from, ``[windows * pack, length - answer]``.
 
     Raises
     ------
@@ -156,23 +160,28 @@ def prompts(
     from bdlib import corpora
 
     tokens = settings.length - settings.answer
+    sequences = settings.windows * settings.pack
     choice = random.Random(settings.seed)
     if settings.source == "transcript":
         return torch.stack(
-            [_head(tokenizer, text, tokens) for text, _, _ in _openings(settings.windows, choice)]
+            [_head(tokenizer, text, tokens) for text, _, _ in _openings(sequences, choice)]
         )
     if settings.source == "meeting":
-        if len(documents) != settings.windows:
-            raise ValueError(f"{len(documents)} meetings for windows {settings.windows}")
+        if len(documents) != sequences:
+            raise ValueError(f"{len(documents)} meetings for {sequences} sequences")
         return torch.stack([corpora.chat_request(tokenizer, d, tokens) for d in documents])
-    as_speech = round(settings.windows * settings.spoken)
+    as_speech = round(sequences * settings.spoken)
     cut = []
     for texts, count in (
-        (documents, settings.windows - as_speech),
+        (documents, sequences - as_speech),
         ([corpora.spoken(d, settings.seed) for d in documents] if as_speech else [], as_speech),
     ):
         if count:
             cut += corpora.windows(tokenizer, texts, tokens, count, settings.seed)
+    if settings.pack > 1:
+        choice.shuffle(cut)  # a window of several sequences has different ones
+    if settings.source == "passage":
+        return torch.stack([window for _, _, window in cut])
     asked = [
         corpora.chat_request(tokenizer, document, tokens, choice.choice(REQUESTS), offset)
         for document, offset, _ in cut
@@ -187,20 +196,21 @@ def meetings(
     stop_tokens: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Document]:
-    """A meeting for each window, with a question about it (``query``); the target makes both up.
+    """A meeting for each sequence, with a question about it (``query``); the target makes both up.
 
-    Where a window needs more than one meeting, it gets several, and the question is about the first.
+    Where one needs more than one meeting, it gets several, and the question is about the first.
     """
     from bdlib import corpora
 
     each = math.ceil(1.05 * (settings.length - settings.answer) / TRANSCRIPT)  # decoding loses some
-    count = settings.windows * each
+    count = settings.windows * settings.pack * each
     openings = _openings(count, random.Random(settings.seed))
     opened = min(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t, _, _ in openings)
     opened = min(opened, TRANSCRIPT - 1)
     told = replace(
         settings,
         windows=count,
+        pack=1,
         length=TRANSCRIPT,
         answer=TRANSCRIPT - opened,
         temperature=0.9,
@@ -245,7 +255,7 @@ def continued(
     stop_tokens: Sequence[int] = (),
     progress: Callable[[int, int], None] | None = None,
 ) -> Tensor:
-    """Prompts ``[N, P]`` with the target's sampled answers, ``[N, P + answer]``.
+    """Prompts ``[N, P]`` with the target's sampled answers, ``[N / pack, pack (P + answer)]``.
 
     Stop tokens are never drawn, so that every window is full: an answer goes on where it would end.
     """
@@ -266,4 +276,4 @@ def continued(
         done.append(torch.cat(tokens, 1).cpu())
         if progress is not None:
             progress(sum(len(d) for d in done), len(asked))
-    return torch.cat(done)
+    return torch.cat(done).view(-1, settings.pack * (asked.shape[1] + settings.answer))

@@ -160,9 +160,9 @@ def walk(
                 "drafter": name,
                 "policy": None if full else view.policy.name,
                 "budget": None if full else view.budget,
-                "agreement": found.agreement,
-                "alpha": found.alpha,
-                "by_step": [found.agreement, *found.deeper],
+                "agreement": float(found.agreement),
+                "alpha": float(found.alpha),
+                "by_step": [float(step) for step in (found.agreement, *found.deeper)],
                 "ngram_agreement": ngram,
             }
 

@@ -19,6 +19,7 @@ import json
 import math
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -841,10 +842,14 @@ def provenance() -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The short hash of the checkout's commit, ``-dirty`` if its files differ; None outside one."""
+    """The short hash of the checkout's commit, ``-dirty`` if its files differ; None outside one.
+
+    A copy of the files without their history (on a cluster, say) is told by ``BDLIB_COMMIT``.
+    """
     root = assets.checkout()
     if root is None or not (root / ".git").exists():
-        return None
+        told = os.environ.get("BDLIB_COMMIT", "").strip()
+        return told if re.fullmatch(r"[0-9a-f]{7,40}(-dirty)?", told) else None
     found = []
     for arguments in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "-uno")):
         try:

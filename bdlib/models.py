@@ -219,6 +219,26 @@ def restrict_head(drafter: Decoder, vocabulary: Tensor) -> None:
     drafter.vocabulary = vocabulary
 
 
+def revise_head(drafter: Decoder, target: Decoder, vocabulary: Tensor) -> None:
+    """Let a drafter score another ``vocabulary``: trained rows stay, new tokens begin with the target's.
+
+    Raises
+    ------
+    ValueError
+        If the drafter scores every token.
+    """
+    if drafter.vocabulary is None:
+        raise ValueError("this drafter scores every token: there is no draft vocabulary to revise")
+    vocabulary = vocabulary.to(drafter.head.weight.device)
+    trained = row_of(drafter)[vocabulary]
+    rows = target.head.dense().to(drafter.head.weight)[vocabulary]
+    known = trained >= 0
+    rows[known] = drafter.head.weight.detach()[trained[known]]
+    drafter.head = Linear(drafter.config.hidden_size, len(vocabulary))
+    drafter.head.weight = nn.Parameter(rows)
+    drafter.vocabulary = vocabulary
+
+
 def row_of(drafter: Decoder) -> Tensor | None:
     """Head row of each token id ``[V]``, -1 where the drafter does not score it.
 

@@ -66,6 +66,8 @@ class TeacherTarget:
 class Branch:
     """One view's loss (differentiable) and its figures (not), averaged over positions.
 
+    In training on a GPU the figures are tensors of no dimension: to read them is to wait for the GPU.
+
     Attributes
     ----------
     alpha
@@ -82,10 +84,10 @@ class Branch:
     """
 
     loss: Tensor
-    alpha: float
-    agreement: float
+    alpha: float | Tensor
+    agreement: float | Tensor
     kl: Tensor
-    deeper: tuple[float, ...] = ()
+    deeper: tuple[float | Tensor, ...] = ()
     positions: Tensor | None = None
 
 
@@ -118,7 +120,9 @@ def branch(
     many = many if count > MAX_TOKENS else None
     if wanted(logits.device) and use_triton("auto", "logits", logits, fault=many):
         found = acceptance_loss(logits, target.ids, target.probs, loss, rows, check=False)
-        alpha, agreement = float(found.alpha.mean()), float(found.agreement.double().mean())
+        alpha, agreement = found.alpha.mean().detach(), found.agreement.double().mean()
+        if not torch.is_grad_enabled():
+            alpha, agreement = float(alpha), float(agreement)
         return Branch(found.loss, alpha, agreement, found.kl)
     log_q = F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
     index = target.ids if rows is None else rows[target.ids]

@@ -14,7 +14,7 @@ import contextlib
 import functools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +60,9 @@ class Recipe:
         Windows of the target's own text besides (:mod:`bdlib.continuations`).
     start
         Drafter in ``data/checkpoints`` to go on from; ``None`` starts anew.
+    revised
+        Choose the draft vocabulary of such a drafter again, by the tokens of this recipe's windows: the
+        target's own answers have words that no old novel has.
     top, last
         See :class:`bdlib.teacher.TeacherSettings`.
     """
@@ -77,6 +80,7 @@ class Recipe:
     spoken: dict[int, int] = field(default_factory=dict)
     own: tuple[ContinuationSettings, ...] = ()
     start: str | None = None
+    revised: bool = False
     top: int = 32
     last: int | None = None
 
@@ -89,6 +93,11 @@ class Recipe:
                 raise ValueError(
                     f"{name} {getattr(self, name)} must name at least one length and a number of it"
                 )
+        if self.revised and (self.start is None or self.rows is None):
+            raise ValueError(
+                f"revised True needs a drafter to go on from and rows, got start {self.start!r} and"
+                f" rows {self.rows!r}"
+            )
 
 
 BUDGETS = BudgetSampler({128: 0.15, 256: 0.35, 512: 0.25, 1024: 0.15, 2048: 0.1})
@@ -288,6 +297,70 @@ RECIPES: dict[str, Recipe] = {
             start="budgetdraft-feature-questions",
         ),
         Recipe(
+            "budgetdraft-feature-gpu",
+            "The feature-conditioned drafter, trained on with ten times the text: minutes on a GPU.",
+            replace(
+                _FEATURE,
+                objective=Objective("ce", "kl", 1.0),
+                share=0.5,
+                draft_steps=4,
+                steps=5000,
+                warmup=100,
+                lr=1.5e-3,
+            ),
+            kind="feature",
+            windows={4096: 256, 8192: 40},
+            spoken={4096: 96},
+            own=(
+                ContinuationSettings(
+                    320, length=4096, answer=320, temperature=0.5, batch=160, seed=11, spoken=0.5
+                ),
+                ContinuationSettings(
+                    480,
+                    length=576,
+                    answer=288,
+                    temperature=0.6,
+                    batch=1120,
+                    seed=12,
+                    spoken=0.4,
+                    pack=7,
+                ),
+                ContinuationSettings(
+                    192,
+                    length=1280,
+                    answer=320,
+                    temperature=0.5,
+                    batch=576,
+                    seed=13,
+                    source="meeting",
+                    pack=3,
+                ),
+                ContinuationSettings(
+                    96,
+                    length=1024,
+                    answer=968,
+                    temperature=0.9,
+                    batch=384,
+                    seed=14,
+                    source="transcript",
+                    pack=4,
+                ),
+                ContinuationSettings(
+                    256,
+                    length=512,
+                    answer=384,
+                    temperature=0.7,
+                    batch=1024,
+                    seed=15,
+                    source="passage",
+                    spoken=0.4,
+                    pack=8,
+                ),
+            ),
+            start="budgetdraft-feature-questions",
+            revised=True,
+        ),
+        Recipe(
             "quick",
             "budgetdraft-feature-novels, a toy: a few steps on one novel, to watch a loss fall in a minute.",
             replace(
@@ -352,10 +425,13 @@ def targets(
     pair: Pair,
     folder: str | Path,
     progress: Callable[[int, int], None] | None = None,
+    only: Container[int] | None = None,
 ) -> list[teacher.TeacherStore]:
     """The teacher targets of a recipe, computed where they are not there yet; one store a length.
 
-    Recipes that differ only in how they train share them.
+    Recipes that differ only in how they train share them. ``only`` takes those stores alone, counted from
+    0 in the order of ``windows``, ``spoken`` and ``own``: processes that share a large GPU can each
+    compute some.
     """
     taps = recipe.taps if recipe.kind == "feature" else ()
     settings = teacher.TeacherSettings(recipe.top, taps, recipe.last)
@@ -369,10 +445,13 @@ def targets(
     for own in recipe.own:
         source = f"own text of {recipe.pair} about {recipe.text}, {own}"
         cut = functools.partial(_own_windows, recipe, pair, own, progress)
-        name = f"own-{own.source}-{_slug(recipe.text)}-{own.length}x{own.windows}"
+        length = own.pack * own.length
+        name = f"own-{own.source}-{_slug(recipe.text)}-{length}x{own.windows}"
         wanted.append((name, own.windows, source, cut))
     stores = []
-    for name, count, source, cut in wanted:
+    for number, (name, count, source, cut) in enumerate(wanted):
+        if only is not None and number not in only:
+            continue
         place = Path(folder) / (name + ("-features" if taps else ""))
         if not taps and (Path(folder) / f"{name}-features" / "teacher.json").is_file():
             place = Path(folder) / f"{name}-features"  # holds all that is needed, and more
@@ -514,6 +593,11 @@ def train(
     model = untrained(recipe, pair)
     for store in stores:
         teacher.check_made_by(store, pair.target, model)
+    if recipe.revised:
+        tokens = [torch.from_numpy(store.windows.astype("int64")) for store in stores]
+        size = pair.target.config.vocab_size
+        rows = models.draft_vocabulary(tokens, size, recipe.rows)
+        models.revise_head(model, pair.target, rows)
     trainer = Trainer(model, stores, recipe.settings, out, minutes, accelerator)
     try:
         trainer.run(progress)

@@ -31,6 +31,7 @@ from bdlib.transformer import Decoder
 
 SCHEMA = 1
 PIECE = 1024  # tokens of a window that go through the target together
+GPU_PIECE = 4096  # the same on a GPU, which a shorter piece leaves idle
 
 
 @dataclass(frozen=True)
@@ -285,8 +286,9 @@ def _one_window(
     taps = settings.taps
     cache = KVCache(target.config, tokens.shape[0], 1, target.dtype, target.device, taps=taps)
     missing = tokens.shape[0] - arrays["ids"].shape[1]
-    for first in range(0, tokens.shape[0], PIECE):
-        part = slice(first, min(first + PIECE, tokens.shape[0]))
+    piece = PIECE if target.device.type == "cpu" else GPU_PIECE
+    for first in range(0, tokens.shape[0], piece):
+        part = slice(first, min(first + piece, tokens.shape[0]))
         hidden = target.hidden(tokens[None, part].to(target.device), cache)
         unwanted = max(0, missing - first)  # positions at the front whose targets are not kept
         if taps:

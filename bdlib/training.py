@@ -21,6 +21,7 @@ import random
 import time
 import zipfile
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ from bdlib.teacher import TeacherStore
 from bdlib.transformer import Decoder
 from bdlib.views import Stream, View, drafted_view, full_stream
 
+Example = tuple[Tensor, TeacherTarget, Tensor | None]
 MODES = ("all", "continuation")
 CHECKPOINT, LOG = "training.pt", "log.jsonl"
 
@@ -271,6 +273,9 @@ class Trainer:
             self.parameters, lr=settings.lr, weight_decay=settings.weight_decay, betas=(0.9, 0.95)
         )
         self.step = 0
+        self.read_ahead = model.device.type != "cpu" and self.processes == 1
+        self._reader = ThreadPoolExecutor(1)  # starts no thread before it is given work
+        self._ahead: tuple[int, Future] | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         self._resume()
 
@@ -284,8 +289,7 @@ class Trainer:
         tokens_seen, branches = 0, []
         self.optimiser.zero_grad(set_to_none=True)
         for i in range(self.rank * share, (self.rank + 1) * share):
-            store, window = self._window(self.step * settings.windows + i)
-            tokens, target, features = self._read(store, window)
+            tokens, target, features = self._read(self.step * settings.windows + i)
             with torch.autocast(device, torch.bfloat16, enabled=settings.autocast):
                 seed = f"blocks:{settings.seed}:{self.step}:{i}"
                 loss, full, sparse = window_loss(
@@ -293,7 +297,7 @@ class Trainer:
                 )
             (loss / share).backward()
             tokens_seen += tokens.shape[0]
-            branches.append((loss.item(), full, sparse))
+            branches.append((loss.detach(), full, sparse))
         if self.processes > 1:
             for parameter in self.parameters:
                 parameter.grad = self.accelerator.reduce(parameter.grad, "mean")
@@ -325,15 +329,25 @@ class Trainer:
         self.step += 1
         return line
 
-    def _read(self, store: int, window: int) -> tuple[Tensor, TeacherTarget, Tensor | None]:
-        """Tokens, teacher target and, where they are needed, features of a window, on the device."""
-        device, source = self.model.device, self.stores[store]
-        target = source.target(window)
+    def _read(self, index: int) -> Example:
+        """Tokens, teacher target and, where they are needed, features of the ``index``-th window trained
+        on, on the device. Beside a GPU the one after it is read meanwhile, from disk and through its
+        checksum."""
+        device = self.model.device
+        known, self._ahead = self._ahead, None
+        found = known[1].result() if known and known[0] == index else self._load(index)
+        if self.read_ahead:
+            self._ahead = index + 1, self._reader.submit(self._load, index + 1)
+        tokens, target, features = found
         target = TeacherTarget(target.ids.to(device), target.probs.to(device))
-        features = None
-        if isinstance(self.model, FeatureDecoder):
-            features = source.features(window).to(device)
-        return source.tokens(window).to(device), target, features
+        return tokens.to(device), target, None if features is None else features.to(device)
+
+    def _load(self, index: int) -> Example:
+        store, window = self._window(index)
+        source = self.stores[store]
+        target = source.target(window)
+        conditioned = isinstance(self.model, FeatureDecoder)
+        return source.tokens(window), target, source.features(window) if conditioned else None
 
     def _window(self, index: int) -> tuple[int, int]:
         """Store and window of the ``index``-th window trained on: stores in turn by their tokens."""

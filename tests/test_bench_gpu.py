@@ -237,3 +237,16 @@ def test_an_output_that_is_not_greedy_s_is_a_fault():
     assert (good["value"], good["low"], good["high"], good["n"]) == (3.0, 2.0, 4.0, 4)
     bad = bench_gpu._speed("x", "y", "z", found | {"near_ties_only": False}, "tokens_per_second")
     assert "more than rounding" in bad["fault"]
+
+
+def test_a_quick_run_measures_fewer_of_the_same_things(stubs, tmp_path):
+    seen = []
+    stubs.setattr(bench_gpu, "kernels", lambda sizes, *_: seen.append(sizes) or iter([]))
+    assert bench_gpu.run(tmp_path, quick=True)["quick"] is True
+    assert bench_gpu.run(tmp_path)["quick"] is False
+    quick, whole = seen
+    assert quick == bench_gpu.QUICK
+    assert set(quick.shapes) < set(whole.shapes)
+    assert set(quick.lengths) < set(whole.lengths)
+    assert set(quick.contexts) < set(whole.contexts)
+    assert quick.dtypes == whole.dtypes

@@ -93,7 +93,7 @@ def test_questions_are_about_meetings_that_the_target_makes_up(monkeypatch):
         assert document.text[:60] in shown
         assert document.query in shown.rpartition("\n\n")[2]
         assert "{" not in document.query
-    with pytest.raises(ValueError, match="2 meetings for windows 3"):
+    with pytest.raises(ValueError, match="2 meetings for 3 sequences"):
         prompts(tokenizer, told[:2], settings)
 
 
@@ -119,3 +119,33 @@ def test_a_share_of_the_passages_is_spoken():
 def test_bad_settings_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         ContinuationSettings(**{"windows": 2, "length": 30, "answer": 10, **change})
+
+
+def test_sequences_are_sampled_alone_and_laid_end_to_end():
+    target = tiny.model(seed=4)
+    asked = torch.stack([tiny.text(8, seed=i) for i in range(6)])
+    alone = ContinuationSettings(6, length=18, answer=10, temperature=0.0, batch=6)
+    packed = ContinuationSettings(2, length=18, answer=10, temperature=0.0, batch=6, pack=3)
+    assert torch.equal(
+        continued(target, asked, packed), continued(target, asked, alone).view(2, 3 * 18)
+    )
+    with pytest.raises(ValueError, match="pack 0 must be at least 1"):
+        ContinuationSettings(2, pack=0)
+
+
+def test_passages_are_continued_without_a_request():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(assets.model_folder("smollm2"))
+    document = corpora.embedded("held-out")[0]
+    settings = ContinuationSettings(
+        2, length=120, answer=40, source="passage", spoken=0.5, pack=3, seed=5
+    )
+    asked = prompts(tokenizer, [document], settings)
+    assert asked.shape == (6, 80)
+    texts = [
+        corpora._encode_document(tokenizer, d) for d in (document, corpora.spoken(document, 5))
+    ]
+    joined = [" ".join(map(str, ids.tolist())) for ids in texts]
+    found = [[" ".join(map(str, row.tolist())) in whole for whole in joined] for row in asked]
+    assert sum(plain for plain, _ in found) == sum(speech for _, speech in found) == 3

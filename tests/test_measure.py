@@ -504,6 +504,17 @@ def test_a_commit_outside_a_checkout_is_unknown(monkeypatch, tmp_path):
     assert measuring.commit() is None
 
 
+@pytest.mark.parametrize(
+    ("told", "found"), [("0a1b2c3", "0a1b2c3"), ("0a1b2c3-dirty", "0a1b2c3-dirty"), ("main", None)]
+)
+def test_a_copy_without_history_is_told_its_commit(monkeypatch, tmp_path, told, found):
+    monkeypatch.setattr(assets, "checkout", lambda: tmp_path)
+    monkeypatch.setenv("BDLIB_COMMIT", told)
+    assert measuring.commit() == found
+    (tmp_path / ".git").mkdir()  # what is there to be asked counts
+    assert measuring.commit() is None
+
+
 # ------------------------------------------------------------------ at the command line
 
 

@@ -161,3 +161,21 @@ def test_a_standalone_drafter_becomes_a_plain_checkpoint(target, rows, tmp_path)
 def test_a_feature_drafter_cannot_stand_alone(target, drafter, tmp_path):
     with pytest.raises(ValueError, match="cannot stand alone"):
         models.export(drafter, tmp_path, target)
+
+
+def test_a_revised_head_keeps_trained_rows_and_takes_the_targets():
+    target = tiny.model(seed=1, dtype=torch.float32)
+    drafter = models.conditioned_on(target, (0, 1), torch.tensor([2, 5, 7, 11]))
+    with torch.no_grad():
+        drafter.head.weight.mul_(3)
+    before = drafter.head.weight.detach().clone()
+    models.row_of(drafter)  # which remembers what it made
+    models.revise_head(drafter, target, torch.tensor([3, 5, 11]))
+    rows = drafter.head.weight.detach()
+    assert torch.equal(rows[1:], before[[1, 3]])
+    assert torch.equal(rows[0], target.head.dense()[3])
+    assert models.row_of(drafter)[[2, 3, 5, 11]].tolist() == [-1, 0, 1, 2]
+    assert drafter.head.weight.requires_grad
+    whole = models.conditioned_on(target, (0, 1))
+    with pytest.raises(ValueError, match="no draft vocabulary to revise"):
+        models.revise_head(whole, target, torch.tensor([3]))

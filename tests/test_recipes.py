@@ -328,3 +328,27 @@ def test_answers_sampled_otherwise_are_not_taken_for_these(place, pair, tmp_path
     warmer = replace(own, temperature=1.5)  # as many windows, as long, in the same place
     with pytest.raises(ValueError, match="teacher targets with another"):
         recipes.targets(recipe(place, own=(warmer,)), pair, tmp_path)
+
+
+def test_a_recipe_may_choose_the_draft_vocabulary_again(place, pair, tmp_path, monkeypatch):
+    first = recipe(place, "budgetdraft-feature-novels", rows=20)
+    recipes.train(first, tmp_path / "run", tmp_path / "teacher", pair)
+    trained = tmp_path / "run" / "drafter"
+    monkeypatch.setattr(models, "checkpoint", lambda name: trained)
+    again = recipe(place, "budgetdraft-feature-gpu", rows=30, own=(), spoken={})
+    trainer = recipes.train(again, tmp_path / "more", tmp_path / "teacher", pair)
+    windows = [torch.from_numpy(store.windows.astype("int64")) for store in trainer.stores]
+    wanted = models.draft_vocabulary(windows, WORDS, 30)
+    found = models.load_drafter(tmp_path / "more" / "drafter", pair.target)
+    assert torch.equal(found.vocabulary, wanted)
+    with pytest.raises(ValueError, match="revised True needs a drafter to go on from and rows"):
+        replace(again, start=None)
+
+
+def test_processes_can_share_a_recipes_targets(place, pair, tmp_path):
+    chosen = recipe(place, spoken={96: 2})
+    parts = [recipes.targets(chosen, pair, tmp_path, only=(i,)) for i in (2, 0, 1)]
+    assert [store.windows.shape for (store,) in parts] == [(2, 96), (6, 96), (4, 128)]
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/teacher.json")}
+    assert len(recipes.targets(chosen, pair, tmp_path)) == 3
+    assert {path: path.stat().st_mtime_ns for path in tmp_path.glob("*/teacher.json")} == made

@@ -281,3 +281,18 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
     (tmp_path / "run" / "training.pt").write_bytes(b"half a file")
     with pytest.raises(ValueError, match=r"training\.pt is damaged"):
         Trainer(model, [store], SETTINGS, tmp_path / "run")
+
+
+def test_reading_ahead_changes_nothing(tmp_path):
+    model, store = prepare(tmp_path)
+    Trainer(model, [store], SETTINGS, tmp_path / "plain").run()
+    again, _ = prepare(tmp_path)
+    ahead = Trainer(again, [store], SETTINGS, tmp_path / "ahead")
+    assert ahead.read_ahead is False  # beside a GPU alone
+    ahead.read_ahead = True
+    taken = []
+    load = ahead._load
+    ahead._load = lambda index: taken.append(index) or load(index)
+    ahead.run()
+    assert equal(weights(again), weights(model))
+    assert taken == list(range(SETTINGS.steps * SETTINGS.windows + 1))
