@@ -214,7 +214,8 @@ def sparse_decode(
     options = tile(q.dtype, dim, rows) | {"CHUNK": unit}
     tiles = -(-rows // options["ROWS"])
     kept = min(entries, count * chunk_size + window + n)
-    splits = choose_splits(splits, k, rows, kept, batch * kv_heads * tiles, options["BLOCK"])
+    whole = tiles * options["ROWS"]
+    splits = choose_splits(splits, k, whole, kept, batch * kv_heads * tiles, options["BLOCK"])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     parts, lse = allocate_parts(q, splits)
     tensors = (q.contiguous(), k, v, chunks.int().contiguous(), lengths, out, parts, lse)

@@ -160,7 +160,8 @@ def verify(
     rows, kv_heads = n * group, k.shape[1]
     options = tile(q.dtype, dim, rows)
     tiles = -(-rows // options["ROWS"])
-    splits = choose_splits(splits, k, rows, k.shape[2], batch * kv_heads * tiles, options["BLOCK"])
+    whole = tiles * options["ROWS"]
+    splits = choose_splits(splits, k, whole, k.shape[2], batch * kv_heads * tiles, options["BLOCK"])
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     parts, lse = allocate_parts(q, splits)
     tensors = (q.contiguous(), k, v, lengths, out, parts, lse)

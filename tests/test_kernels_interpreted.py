@@ -114,6 +114,17 @@ def test_verify_many_queries(dtype):
     close(found, verify.reference(*wide(q, k, v), lengths), dtype)
 
 
+@inside
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_verified_row_is_bit_for_bit_that_of_a_plain_step(dtype):
+    """The pieces must not depend on the number of queries, or near-ties would fall either way."""
+    q, k, v, _ = cache(1, 2, 3, 5, 64, [1500], dtype)
+    found = verify.verify(q, k, v, 1500, backend="triton")
+    for i in range(5):
+        one = verify.verify(q[:, :, i : i + 1], k, v, 1496 + i, backend="triton")
+        assert torch.equal(one[:, :, 0], found[:, :, i])
+
+
 # ---------------------------------------------------------------- sparse_decode
 def some_chunks(batch, kv_heads, length, chunk_size, share, seed=4):
     """Random distinct chunks, the last, partial one possibly among them."""
