@@ -411,7 +411,7 @@ def shares(positions: Sequence[torch.Tensor], length: int, bins: int = 128) -> l
 
 def record_selections(
     path: Path | None = None,
-    drafters: Sequence[str] = ("budgetdraft", "budgetdraft-feature", "self"),
+    drafters: Sequence[str] = ("budgetdraft", "budgetdraft-feature-gpu", "self"),
     policies: Sequence[str] = (
         "chunk_topk_recent",
         "sink_window",

@@ -48,7 +48,7 @@ from bdlib.transformer import Decoder, DecoderConfig
 
 SCHEMA = 1
 MARK = "dry run: no figure of a GPU"
-SHIPPED = ("budgetdraft", "budgetdraft-feature", "budgetdraft-feature-gpu")
+SHIPPED = ("budgetdraft", "budgetdraft-feature-gpu")
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 """Largest error allowed, over the largest value expected; twice that for gradients."""
 CHUNK, WINDOW = 8, 16  # tokens of a chunk, and of the recent window in kernel benchmarks

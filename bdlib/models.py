@@ -306,7 +306,7 @@ def save_drafter(
 
 
 def checkpoint(name: str) -> Path:
-    """The folder of a shipped drafter, for example ``"budgetdraft-feature"``.
+    """The folder of a shipped drafter, for example ``"budgetdraft-feature-gpu"``.
 
     Raises
     ------

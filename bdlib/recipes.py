@@ -244,59 +244,6 @@ RECIPES: dict[str, Recipe] = {
             start="budgetdraft-feature-mixed",
         ),
         Recipe(
-            "budgetdraft-feature-more",
-            "The feature-conditioned drafter, trained on with twice as many answers.",
-            replace(_FEATURE, objective=Objective("ce", "kl", 1.0), steps=3000, warmup=30, lr=1e-3),
-            kind="feature",
-            windows={4096: 64},
-            spoken={2048: 48},
-            own=(
-                ContinuationSettings(
-                    256, length=576, answer=288, temperature=0.6, batch=64, seed=1, spoken=0.4
-                ),
-                ContinuationSettings(
-                    64, length=2048, answer=256, temperature=0.6, batch=64, seed=3, spoken=0.4
-                ),
-                ContinuationSettings(
-                    64, length=1024, answer=968, temperature=0.9, batch=64, source="transcript"
-                ),
-                ContinuationSettings(
-                    240, length=576, answer=288, temperature=0.6, batch=60, seed=4, spoken=0.4
-                ),
-                ContinuationSettings(
-                    24, length=4096, answer=256, temperature=0.6, batch=24, seed=5, spoken=0.4
-                ),
-                ContinuationSettings(
-                    128,
-                    length=1216,
-                    answer=288,
-                    temperature=0.6,
-                    batch=64,
-                    seed=6,
-                    source="meeting",
-                ),
-                ContinuationSettings(
-                    16, length=4096, answer=256, temperature=0.6, batch=16, seed=7, source="meeting"
-                ),
-                ContinuationSettings(
-                    480, length=576, answer=288, temperature=0.4, batch=60, seed=8, spoken=0.3
-                ),
-                ContinuationSettings(
-                    120,
-                    length=1216,
-                    answer=288,
-                    temperature=0.4,
-                    batch=60,
-                    seed=9,
-                    source="meeting",
-                ),
-                ContinuationSettings(
-                    48, length=2048, answer=256, temperature=0.4, batch=48, seed=10, spoken=0.3
-                ),
-            ),
-            start="budgetdraft-feature-questions",
-        ),
-        Recipe(
             "budgetdraft-feature-gpu",
             "The feature-conditioned drafter, trained on with ten times the text: minutes on a GPU.",
             replace(

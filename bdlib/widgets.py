@@ -47,7 +47,7 @@ class Settings:
     a live run is asked for: to ``"continue"`` a novel or to ``"summarise"`` a passage of it.
     """
 
-    drafter: str = "budgetdraft-feature"
+    drafter: str = "budgetdraft-feature-gpu"
     policy: str = "chunk_topk_recent"
     budget: int | None = 256
     gamma: int = 4

@@ -252,7 +252,7 @@ def move_the_budget(page, shots, name):
     for part, before in seen.items():
         assert page.locator(f".bd-html-{part}").inner_html() != before
     assert page.locator(".bd-memory").inner_text() != memory
-    where = ("budgetdraft-feature", "chunk_topk_recent", 512, 4096, 0.0)
+    where = ("budgetdraft-feature-gpu", "chunk_topk_recent", 512, 4096, 0.0)
     text = page.locator(".bd-text select option:checked").inner_text()
     archived = Archive.read().find(text, *where).acceptance
     assert page.locator(".bd-acceptance").inner_text() == f"{archived:.1%}"
@@ -292,7 +292,7 @@ def test_dashboard_as_a_voila_page(page, voila, shots):
     # Nothing is archived there: the page says so, draws nothing, and offers the run.
     assert page.locator(".bd-acceptance").inner_text() == "not measured"
     assert page.locator(".bd-html-left path").count() == 0
-    page.locator(".bd-offer").get_by_text("Not measured: budgetdraft-feature").wait_for()
+    page.locator(".bd-offer").get_by_text("Not measured: budgetdraft-feature-gpu").wait_for()
     page.screenshot(path=shots / "voila-20-not-measured.png")
     page.locator(".bd-offer .bd-run").click()
     page.locator(".bd-html-status").get_by_text("done").wait_for()

@@ -20,7 +20,7 @@ from bdlib.widgets import Cancelled, Dashboard, Engine, Line, Settings
 def measured(**changes):
     fields = {
         "text": "books",
-        "drafter": "budgetdraft-feature",
+        "drafter": "budgetdraft-feature-gpu",
         "policy": "chunk_topk_recent",
         "budget": 256,
         "context": 4096,
@@ -44,7 +44,12 @@ def test_archive_finds_what_fits_and_nothing_else():
     full = measured(policy=None, budget=None, acceptance=0.7)
     at_two = measured(gamma=2, acceptance=0.3)
     store = Archive([measured(), full, at_two])
-    where = {"text": "books", "drafter": "budgetdraft-feature", "context": 4096, "temperature": 0.0}
+    where = {
+        "text": "books",
+        "drafter": "budgetdraft-feature-gpu",
+        "context": 4096,
+        "temperature": 0.0,
+    }
     assert store.find(policy="chunk_topk_recent", budget=256, **where) == measured()
     assert store.find(policy="chunk_topk_recent", budget=256, gamma=2, **where) is at_two
     assert store.find(policy="chunk_topk_recent", budget=256, gamma=3, **where) == measured()
@@ -133,7 +138,7 @@ def test_speed_from_bytes():
 def test_shipped_archive_is_whole():
     """What the dashboard shows at first is there, for every shipped drafter."""
     store, held = Archive.read(), Selections.read_all()[4096]
-    for drafter in ("budgetdraft", "budgetdraft-feature"):
+    for drafter in ("budgetdraft", "budgetdraft-feature-gpu"):
         for budget in widgets.BUDGETS:
             for temperature in (0.0, 1.0):
                 where = ("books", drafter, "chunk_topk_recent", budget, 4096, temperature)
@@ -150,7 +155,7 @@ def test_costs_are_those_of_the_loaded_models():
     from bdlib import models, pairs
 
     pair = pairs.load_pair("smollm2", dtype="bfloat16")
-    for name in ("budgetdraft", "budgetdraft-feature"):
+    for name in ("budgetdraft", "budgetdraft-feature-gpu"):
         drafter = models.load_drafter(models.checkpoint(name), pair.target)
         costs = archive.costs(name)
         assert costs.target_weights == pair.target.weight_bytes()
@@ -226,7 +231,7 @@ def board():
         for i, b in enumerate(widgets.BUDGETS)
         for p in ("chunk_topk_recent", "sink_window")
     ]
-    maps = {("budgetdraft-feature", "sink_window", 128): (1.0, 0.0, 1.0, 1.0)}
+    maps = {("budgetdraft-feature-gpu", "sink_window", 128): (1.0, 0.0, 1.0, 1.0)}
     return Dashboard(Archive(points), {4096: Selections(4096, "toy", maps)}, FakeEngine())
 
 
