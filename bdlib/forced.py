@@ -26,9 +26,7 @@ from bdlib import measure
 from bdlib.decoding import GREEDY
 from bdlib.drafters import NGramDrafter, prefill
 from bdlib.models import FeatureDecoder
-from bdlib.objectives import TeacherTarget
 from bdlib.selection import make_policy
-from bdlib.training import branch_of_blocks
 from bdlib.transformer import Decoder
 from bdlib.views import View, drafted_view, full_stream
 
@@ -142,9 +140,10 @@ def walk(
     hidden = torch.cat(
         [target.hidden(part[None], cache) for part in window[-positions:].split(64)], 1
     )
-    teacher = TeacherTarget.from_logits(target.logits(hidden)[0])
+    probs = torch.softmax(target.logits(hidden)[0].float(), -1)  # [positions, V]
+    best = probs.argmax(-1)
     starts = list(range(length - positions, length, block))
-    ngram = _ngram_agreement(window, teacher.ids[:, 0].tolist())
+    ngram = _ngram_agreement(window, best.tolist())
     for name, drafter in drafters.items():
         states, x, steps = None, None, 1
         if isinstance(drafter, FeatureDecoder):
@@ -152,19 +151,39 @@ def walk(
             states = drafter.states_of(cache.features(0, length)[0][:, chosen])
             x, steps = drafter.inputs(window[None], states[None]), draft_steps
         stream = full_stream(drafter, window, x)
+        scored = probs if drafter.vocabulary is None else probs[:, drafter.vocabulary]
         for view in views[name] if isinstance(views, Mapping) else views:
             outputs = drafted_view(drafter, window, stream, view, starts, block, states, steps)
-            found = branch_of_blocks(drafter, outputs, teacher, starts, length, "tv")
+            agreement, alpha = zip(*_compared(drafter, outputs, scored, best), strict=True)
             full = view.policy.name == "full"
             yield {
                 "drafter": name,
                 "policy": None if full else view.policy.name,
                 "budget": None if full else view.budget,
-                "agreement": float(found.agreement),
-                "alpha": float(found.alpha),
-                "by_step": [float(step) for step in (found.agreement, *found.deeper)],
+                "agreement": agreement[0],
+                "alpha": alpha[0],
+                "by_step": list(agreement),
                 "ngram_agreement": ngram,
             }
+
+
+def _compared(
+    drafter: Decoder, steps: Sequence[Tensor], scored: Tensor, best: Tensor
+) -> Iterator[tuple[float, float]]:
+    """Agreement and alpha of each draft step, from the states ``[blocks, n, C]`` it ended in.
+
+    ``scored`` ``[positions, R]`` is what the target gives the tokens that the drafter scores, ``best``
+    ``[positions]`` its favourites; step ``k`` has nothing to say of the first ``k`` slots of a block.
+    """
+    for step, hidden in enumerate(steps):
+        blocks, n = hidden.shape[:2]
+        logits = drafter.logits(hidden[:, step:].flatten(0, 1)).float()
+        p, wanted = (t.unflatten(0, (blocks, n))[:, step:].flatten(0, 1) for t in (scored, best))
+        guess = logits.argmax(-1)
+        if drafter.vocabulary is not None:
+            guess = drafter.vocabulary[guess]
+        overlap = torch.minimum(p, torch.softmax(logits, -1)).sum(-1)
+        yield float((guess == wanted).double().mean()), float(overlap.mean())
 
 
 def _ngram_agreement(window: Tensor, ids: list[int]) -> float:
