@@ -89,7 +89,7 @@ def test_plain_steps_are_the_kernel_s(launched):
         return target(text(5, seed=1)[None], cache), rounds(target, prompt, None, 8)
 
     (logits, tokens), (found, other) = both(run)
-    assert launched == {"verify_kernel", "merge_kernel"}
+    assert launched == {"verify_kernel"}  # too short to be cut into pieces
     close(found, logits)
     assert other == tokens
 
