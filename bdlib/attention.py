@@ -31,7 +31,7 @@ from torch import Tensor
 
 from bdlib.kernels import native
 from bdlib.kernels.launching import layout_fault, use_triton, wanted
-from bdlib.kernels.verify import verify
+from bdlib.kernels.verify import STEADY, verify
 
 FEW = 128  # queries up to this many take the masked-matrix path
 SCORES = 1 << 23
@@ -61,6 +61,11 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int, room: Tensor | None
         and not _needs_gradient(q, k, v)  # which the kernel does not give
         and use_triton("auto", "k", k, q.shape[3], layout_fault(k=k, v=v))
     ):
+        edge = (start + q.shape[2] - 1) // STEADY * STEADY
+        if start < edge:  # those before it sum as they would alone
+            parts = q.tensor_split([edge - start], 2)
+            before = verify(parts[0], k, v, edge, check=False)
+            return torch.cat((before, verify(parts[1], k, v, start + q.shape[2], check=False)), 2)
         return verify(q, k, v, start + q.shape[2], check=False)
     if (out := _in_c(q, k, v, start)) is not None:
         return out

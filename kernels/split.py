@@ -107,8 +107,8 @@ def choose_splits(
     values' bytes. A small budget is therefore read by one program, and needs no merge.
 
     ``rows`` are those of whole tiles, not the queries' own: one query and five, in a tile of 16 either
-    way, then sum the same pieces, and a verified row is bit for bit that of a plain step. (Measured on an
-    H200: cut by the number of queries, logits in bfloat16 differed by 0.4, cut like this by nothing.)
+    way, then sum the same pieces. (Measured on an H200: cut by the number of queries, logits in bfloat16
+    of a verification and of a plain step differed by 0.4, cut like this by nothing.)
     """
     if splits is not None:
         require(1 <= splits <= MAX_SPLITS, f"splits {splits} must be in 1..{MAX_SPLITS}")

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 
+from bdlib import attention
 from bdlib.kernels import acceptance_loss as losses
 from bdlib.kernels import chunk_scores as scoring
 from bdlib.kernels import launching, multi_view, sparse_decode, split, verify
@@ -123,6 +124,21 @@ def test_a_verified_row_is_bit_for_bit_that_of_a_plain_step(dtype):
     for i in range(5):
         one = verify.verify(q[:, :, i : i + 1], k, v, 1496 + i, backend="triton")
         assert torch.equal(one[:, :, 0], found[:, :, i])
+
+
+@inside
+@pytest.mark.parametrize("start", [1021, 2046, 2112, 2494])
+def test_verifying_sums_as_single_steps_do_wherever_it_stands(start):
+    """Across an edge of the pieces, and where another 64 entries of the cache come into reach."""
+    q, k, v, _ = cache(1, 1, 3, 5, 64, [start + 5], torch.bfloat16)
+    k, v = k.nan_to_num(), v.nan_to_num()  # a cache's slack is zeros
+    with launching.use("triton"):
+        found = attention.few_queries(q, k, v, start)
+        for i in range(5):
+            reach = -(-(start + i + 1) // 64) * 64
+            seen = [t[:, :, : min(reach, t.shape[2])] for t in (k, v)]
+            one = attention.few_queries(q[:, :, i : i + 1], *seen, start + i)
+            assert torch.equal(one[:, :, 0], found[:, :, i])
 
 
 # ---------------------------------------------------------------- sparse_decode
