@@ -292,9 +292,9 @@ def agreement_by_budget(
         ax.set_xscale("log", base=2)
         ax.set_xticks(budgets, [str(b) for b in budgets])
         ax.minorticks_off()
-        ax.set(title=kind, xlabel="budget (entries)", ylim=(0, None))
-    axes[0][0].set_ylabel("top-1 agreement with the target")
-    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=3)
+        ax.set(title=kind, xlabel="budget (entries)")
+    axes[0][0].set(ylabel="top-1 agreement with the target", ylim=(0, None))  # of all panels
+    fig.legend(*axes[0][0].get_legend_handles_labels(), loc="outside upper left", ncols=4)
     first = next(iter(results.values()))
     settings = first["settings"]
     caption(
