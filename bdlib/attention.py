@@ -62,17 +62,13 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int, room: Tensor | None
         and use_triton("auto", "k", k, q.shape[3], layout_fault(k=k, v=v))
     ):
         edge = (start + q.shape[2] - 1) // STEADY * STEADY
-        if start < edge:  # those before it sum as they would alone
-            parts = q.tensor_split([edge - start], 2)
-            before = verify(parts[0], k, v, edge, check=False)
-            return torch.cat((before, verify(parts[1], k, v, start + q.shape[2], check=False)), 2)
+        if start < edge:
+            return _apart(edge, q, k, v, start)
         return verify(q, k, v, start + q.shape[2], check=False)
     if (out := _in_c(q, k, v, start)) is not None:
         return out
     if q.device.type == "cpu" and start < BLOCK < start + q.shape[2]:
-        parts = q.tensor_split([BLOCK - start], 2)
-        before = few_queries(parts[0], k[:, :, :BLOCK], v[:, :, :BLOCK], start, room)
-        return torch.cat((before, few_queries(parts[1], k, v, BLOCK, room)), 2)
+        return _apart(BLOCK, q, k, v, start, room)
     n, length = q.shape[2], k.shape[2]
     # Three dimensions: from four, matmul takes 15 us to get there itself, in every layer.
     grouped = q.reshape(-1, q.shape[1] // k.shape[1] * n, q.shape[3])  # [B H_kv, g n, D]
@@ -90,6 +86,15 @@ def few_queries(q: Tensor, k: Tensor, v: Tensor, start: int, room: Tensor | None
     # In place where no gradient needs the scores: a fresh matrix costs more than its arithmetic.
     weights = torch.softmax(scores, -1, out=None if scores.requires_grad else scores)
     return torch.bmm(weights, v).view(q.shape)
+
+
+def _apart(
+    edge: int, q: Tensor, k: Tensor, v: Tensor, start: int, room: Tensor | None = None
+) -> Tensor:
+    """Queries on both sides of an edge in two calls, so that those before it sum as they would alone."""
+    parts = q.tensor_split([edge - start], 2)
+    before = few_queries(parts[0], k[:, :, :edge], v[:, :, :edge], start, room)
+    return torch.cat((before, few_queries(parts[1], k, v, edge, room)), 2)
 
 
 @functools.lru_cache(maxsize=256)

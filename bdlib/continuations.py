@@ -146,6 +146,11 @@ class ContinuationSettings:
             raise ValueError(f"spoken {self.spoken} must be in 0..1")
         Sampling(self.temperature)
 
+    @property
+    def sequences(self) -> int:
+        """Sequences in all windows."""
+        return self.windows * self.pack
+
 
 def prompts(
     tokenizer: Any, documents: Sequence[Document], settings: ContinuationSettings
@@ -160,7 +165,7 @@ def prompts(
     from bdlib import corpora
 
     tokens = settings.length - settings.answer
-    sequences = settings.windows * settings.pack
+    sequences = settings.sequences
     choice = random.Random(settings.seed)
     if settings.source == "transcript":
         return torch.stack(
@@ -203,7 +208,7 @@ def meetings(
     from bdlib import corpora
 
     each = math.ceil(1.05 * (settings.length - settings.answer) / TRANSCRIPT)  # decoding loses some
-    count = settings.windows * settings.pack * each
+    count = settings.sequences * each
     openings = _openings(count, random.Random(settings.seed))
     opened = min(len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t, _, _ in openings)
     opened = min(opened, TRANSCRIPT - 1)

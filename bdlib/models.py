@@ -212,11 +212,7 @@ def restrict_head(drafter: Decoder, vocabulary: Tensor) -> None:
     """Give the drafter a trainable head of its own that scores ``vocabulary`` only."""
     whole = drafter.head.dense()
     vocabulary = vocabulary.to(whole.device)
-    rows = whole[vocabulary].detach().clone()
-    head = Linear(drafter.config.hidden_size, len(vocabulary))
-    head.weight = nn.Parameter(rows)
-    drafter.head = head
-    drafter.vocabulary = vocabulary
+    _score(drafter, vocabulary, whole[vocabulary].detach().clone())
 
 
 def revise_head(drafter: Decoder, target: Decoder, vocabulary: Tensor) -> None:
@@ -234,6 +230,11 @@ def revise_head(drafter: Decoder, target: Decoder, vocabulary: Tensor) -> None:
     rows = target.head.dense().to(drafter.head.weight)[vocabulary]
     known = trained >= 0
     rows[known] = drafter.head.weight.detach()[trained[known]]
+    _score(drafter, vocabulary, rows)
+
+
+def _score(drafter: Decoder, vocabulary: Tensor, rows: Tensor) -> None:
+    """Give the drafter a trainable head with these ``rows`` ``[R, C]``, one for each token it scores."""
     drafter.head = Linear(drafter.config.hidden_size, len(vocabulary))
     drafter.head.weight = nn.Parameter(rows)
     drafter.vocabulary = vocabulary
