@@ -467,6 +467,11 @@ def _bench() -> None:
     """Time parts of the library against what they replace."""
 
 
+def _say(words: str) -> None:
+    """What a benchmark is at, on standard error."""
+    typer.echo(f"bench: {words}", err=True)
+
+
 @bench.command()
 def engine(
     contexts: Annotated[
@@ -489,10 +494,7 @@ def engine(
     if out is not None:
         out = measuring.check_output(out)
 
-    def say(words: str) -> None:
-        typer.echo(f"bench: {words}", err=True)
-
-    result = benching.engine(settings, progress=say)
+    result = benching.engine(settings, progress=_say)
     if out is not None:
         measuring.write_json(out, result)
     typer.echo(json.dumps(result, indent=2) if as_json else benching.table(result))
@@ -518,9 +520,7 @@ def training(
     settings = bench_training.TrainingBenchSettings(**chosen, length=length, repeats=repeats)
     if out is not None:
         out = measuring.check_output(out)
-    result = bench_training.training(
-        settings, progress=lambda words: typer.echo(f"bench: {words}", err=True)
-    )
+    result = bench_training.training(settings, progress=_say)
     if out is not None:
         measuring.write_json(out, result)
     typer.echo(json.dumps(result, indent=2) if as_json else bench_training.table(result))
@@ -542,10 +542,7 @@ def gpu(
         os.environ["TRITON_INTERPRET"] = "1"  # triton reads it when it is imported, later than this
     from bdlib import bench_gpu
 
-    def say(words: str) -> None:
-        typer.echo(f"bench: {words}", err=True)
-
-    report = bench_gpu.run(out, dry, seed, say, quick)
+    report = bench_gpu.run(out, dry, seed, _say, quick)
     typer.echo(bench_gpu.summary(report))
     typer.echo(f"wrote {out / 'report.json'} and {out / 'report.html'}")
     raise typer.Exit(1 if report["faults"] else 0)
