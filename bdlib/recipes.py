@@ -2,7 +2,8 @@
 
 A recipe says which pair, which kind of drafter, which text in windows of which lengths, and the
 settings of the trainer. ``python -m bdlib train --recipe NAME`` runs one; it may be stopped at any time
-and goes on where it was. :data:`RECIPES` holds those of the shipped checkpoints and the paper's own.
+and goes on where it was. :data:`RECIPES` holds those of the shipped checkpoints, of the drafters that
+these go on from, and the paper's own.
 
 Contract: :func:`train` leaves a folder with ``training.pt`` and ``log.jsonl`` (the run) and
 ``drafter/`` (what :func:`bdlib.models.load_drafter` loads, with a card that says how it was made).

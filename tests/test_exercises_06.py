@@ -153,10 +153,10 @@ def test_one_embedded_text_by_its_name():
 
 
 def test_a_shipped_drafter_by_its_name(tmp_path, monkeypatch):
-    folder = models.checkpoint("budgetdraft-feature-novels")
+    folder = models.checkpoint("budgetdraft-feature-gpu")
     assert (folder / "log.jsonl").is_file()
     with pytest.raises(ValueError, match=r"no shipped drafter 'budget'; there: .*budgetdraft"):
         models.checkpoint("budget")
     monkeypatch.setattr("bdlib.assets.checkout", lambda: None)
     with pytest.raises(ValueError, match="data/checkpoints of a checkout"):
-        models.checkpoint("budgetdraft-feature-novels")
+        models.checkpoint("budgetdraft-feature-gpu")
