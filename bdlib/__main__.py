@@ -409,7 +409,9 @@ def sweep(
 
 @app.command()
 def figure(
-    name: Annotated[str, typer.Argument(help="headline, or acceptance: those of lesson 07")],
+    name: Annotated[
+        str, typer.Argument(help="headline, acceptance, transfer, robustness or refresh.")
+    ],
     out: Annotated[
         Path | None, typer.Option(help="PNG, or a folder of them; beside the results if unset.")
     ] = None,
@@ -421,8 +423,11 @@ def figure(
 
     from bdlib import assets, figures
 
-    if name not in ("headline", "acceptance"):
-        raise ValueError(f"unknown figure {name!r}; allowed: headline, acceptance")
+    swept = {"transfer": figures.transfer, "robustness": figures.robustness}
+    swept |= {"refresh": figures.refresh}
+    names = ("headline", "acceptance", *swept)
+    if name not in names:
+        raise ValueError(f"unknown figure {name!r}; allowed: {', '.join(names)}")
     root = assets.checkout()
     if root is None:
         raise ValueError(
@@ -430,16 +435,18 @@ def figure(
         )
     matplotlib.use("Agg")
     folder = root / "data" / "results"
-    if name == "acceptance":
+    if name != "headline":
         from bdlib import sweeps
 
         folder = folder / name
-        rows = sweeps.load(folder / "results.csv")
-        about = json.loads((folder / "results.json").read_text(encoding="utf8"))
+        table = "records" if name in swept else "results"
+        rows = sweeps.load(folder / f"{table}.csv")
+        about = json.loads((folder / f"{table}.json").read_text(encoding="utf8"))
         figures.use_style()
         out = out or folder
         out.mkdir(parents=True, exist_ok=True)
-        for key, drawn in figures.acceptance(rows, about).items():
+        found = {name: swept[name](rows, about)[0]} if name in swept else None
+        for key, drawn in (found or figures.acceptance(rows, about)).items():
             drawn.savefig(out / f"{key}.png", dpi=110, format="png", metadata={"Software": None})
             typer.echo(f"wrote {key}.png")
         return

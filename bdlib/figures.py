@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from bdlib.decoding import Round
+    from bdlib.measure import Interval
 
 COLORS = {
     "blue": "#0072B2",
@@ -497,6 +499,269 @@ def acceptance(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> d
     found["kept"], _ = kept_map(kept)
     caption(found["kept"], f"{policy}; mean of the kinds.\n{swept(about, kept, bars=False)}")
     return found
+
+
+# --------------------------------------------- document by document (records of bdlib.sweeps.load)
+
+
+def above(
+    records: Iterable[Mapping[str, Any]],
+    name: str,
+    drafter: str,
+    policy: str,
+    budget: int | None,
+    base: str = "full-only",
+    beyond_full: bool = False,
+) -> Interval:
+    """How far a drafter is above another on the same windows, as a mean over documents.
+
+    Parameters
+    ----------
+    name
+        The column, ``"alpha"`` or ``"agreement"``.
+    beyond_full
+        Subtract from every difference that of the same window with the full cache: what is left is
+        about the budget.
+    """
+    from bdlib import measure
+
+    values: dict[tuple, dict[str, float]] = {}
+    for r in records:
+        point = r["policy"], r["budget"]
+        if r["drafter"] in (drafter, base) and point in ((policy, budget), ("full", None)):
+            window = r["text"], r["document"], r["offset"], r["context"]
+            values.setdefault((*point, *window), {})[r["drafter"]] = r[name]
+    gaps = {place: v[drafter] - v[base] for place, v in values.items() if len(v) == 2}
+    documents: dict[tuple, list[float]] = {}
+    for place, gap in gaps.items():
+        if place[:2] == (policy, budget):
+            less = gaps["full", None, *place[2:]] if beyond_full else 0.0
+            documents.setdefault(place[2:4], []).append(gap - less)
+    return measure.interval([fmean(of) for of in documents.values()])
+
+
+def transfer(
+    records: Sequence[Mapping[str, Any]], about: Mapping[str, Any], base: str = "full-only"
+) -> tuple[Figure, Sequence[Axes]]:
+    """Map of trainings against policies and budgets of use: how far each is above ``base``.
+
+    Differences are in thousandths, paired by window, means over documents. All of them are colours;
+    those whose 95 % interval excludes zero are framed numbers too.
+    """
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    points = list(dict.fromkeys((r["policy"], r["budget"]) for r in records))
+    policies = list(dict.fromkeys(policy for policy, _ in points))
+    points.sort(key=lambda p: (p[0] == "full", policies.index(p[0]), p[1] or 0))
+    drafters = [d for d in dict.fromkeys(r["drafter"] for r in records) if d != base]
+    size = 1.8 + 0.52 * len(points), 1.9 + 2 * 0.34 * len(drafters)
+    fig, axes = plt.subplots(2, 1, figsize=size, sharex=True)
+    for ax, name in zip(axes, ("alpha", "agreement"), strict=True):
+        found = [[above(records, name, d, *p, base=base) for p in points] for d in drafters]
+        grid = np.array([[1000 * cell.mean for cell in row] for row in found])
+        most = float(np.abs(grid).max()) or 1.0
+        # The lightest half of each side, in steps: black text stays readable on every cell.
+        steps = plt.get_cmap("PuOr_r", 21)
+        ax.imshow(grid, steps, vmin=-2 * most, vmax=2 * most, aspect="auto")
+        for (y, x), value in np.ndenumerate(grid):
+            low, high = found[y][x].low, found[y][x].high
+            if low is not None and (low > 0 or high < 0):
+                ax.text(x, y, f"{value:+.1f}", ha="center", va="center", fontsize=9)
+                frame = {"fill": False, "edgecolor": "black", "lw": 1}
+                ax.add_patch(plt.Rectangle((x - 0.45, y - 0.42), 0.9, 0.84, **frame))
+        own = [
+            fmean(by_document(records, name, drafter=base, policy=policy, budget=budget).values())
+            for policy, budget in points
+        ]
+        title = f"{name} above {base}, which has {min(own):.3f} to {max(own):.3f}"
+        ax.set_title(title, fontsize=10.5, pad=20 if name == "alpha" else 6)
+        ax.set_yticks(range(len(drafters)), drafters)
+        ax.set_xticks(range(len(points)), [_tick("budget", budget) for _, budget in points])
+        ax.grid(False)
+        for x in range(1, len(points)):
+            if points[x][0] != points[x - 1][0]:
+                ax.axvline(x - 0.5, color="black", lw=1)
+    for policy in policies:
+        own = [x for x, point in enumerate(points) if point[0] == policy]
+        if policy != "full":
+            axes[0].text(fmean(own), -0.6, policy, ha="center", va="bottom", fontsize=9.5)
+    axes[1].set_xlabel("budget (entries)")
+    windows = {(r["text"], r["document"], r["offset"], r["context"]) for r in records}
+    contexts = " and ".join(f"{c:,}" for c in sorted({r["context"] for r in records}))
+    caption(
+        fig,
+        f"SmolLM2-135M, teacher-forced, {contexts} tokens; n = {found[0][0].n} documents,"
+        f" {len(windows)} windows;"
+        f" numbers: thousandths, where the 95 % interval excludes zero.\n{origin(about)}",
+    )
+    return fig, axes
+
+
+def origin(about: Mapping[str, Any]) -> str:
+    """What a caption says of where a sweep was measured: number type, machine, seed, commit."""
+    machines = ", ".join(dict.fromkeys(m.get("gpu") or m["cpu"] for m in about["machine"]))
+    seeds = ", ".join(map(str, about["seeds"]))
+    return f"{', '.join(about['dtype'])}, {machines}, seed {seeds}, commit {', '.join(about['commit'])}."
+
+
+def by_document(
+    records: Iterable[Mapping[str, Any]], name: str, **where: Any
+) -> dict[tuple[str, str], float]:
+    """A column's mean in each document, over the rows with these values."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for r in records:
+        if r[name] is not None and all(r[column] == value for column, value in where.items()):
+            found.setdefault((r["text"], r["document"]), []).append(r[name])
+    return {document: fmean(values) for document, values in found.items()}
+
+
+def ratio(
+    over: Mapping[Any, float], under: Mapping[Any, float], level: float = 0.95, seed: int = 0
+) -> Interval:
+    """Mean of ``over`` by mean of ``under``, and its bootstrap interval (percentiles).
+
+    A document is drawn with both of its values.
+    """
+    import numpy as np
+
+    from bdlib import measure
+
+    pairs = np.array([(over[key], under[key]) for key in over if key in under])
+    value = float(pairs[:, 0].mean() / pairs[:, 1].mean())
+    if len(pairs) < 2:
+        return measure.Interval(value, None, None, len(pairs))
+    drawn = np.random.default_rng(seed).integers(0, len(pairs), (9999, len(pairs)))
+    means = pairs[drawn].mean(1)
+    low, high = np.quantile(means[:, 0] / means[:, 1], [(1 - level) / 2, (1 + level) / 2])
+    return measure.Interval(value, float(low), float(high), len(pairs))
+
+
+def robustness(
+    records: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
+) -> tuple[Figure, Sequence[Axes]]:
+    """Acceptance on generated text against context, and what a budget keeps of the full cache's.
+
+    Beside it, as hollow marks, n-gram lookup's acceptance on the same outputs.
+    """
+    import matplotlib.pyplot as plt
+
+    from bdlib import measure
+
+    contexts = sorted({r["context"] for r in records})
+    policies = sorted({r["policy"] for r in records}, key=lambda p: (p != "full", p))
+    budget = next(r["budget"] for r in records if r["budget"] is not None)
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.9))
+    counts = []
+    for i, policy in enumerate(policies):
+        label = "full cache" if policy == "full" else f"{policy}, {budget}"
+        at = [x + 0.12 * (i - 1) for x in range(len(contexts))]
+        for column in ("acceptance_rate", "ngram_acceptance_rate"):
+            own = column == "acceptance_rate"
+            found = [by_document(records, column, policy=policy, context=c) for c in contexts]
+            spans = [measure.interval(list(each.values())) for each in found]
+            style = {"color": CYCLE[i], "mfc": CYCLE[i] if own else "white", "ls": "none"}
+            for x, span in zip(at, spans, strict=True):
+                words = label if own else "hollow: n-gram lookup, same output"
+                left.errorbar(
+                    x, span.mean, _reach(span), capsize=3, marker=MARKERS[i], label=words, **style
+                )
+                counts.append(span.n)
+        if policy == "full":
+            continue
+        for x, context in zip(at, contexts, strict=True):
+            sparse, full = (
+                by_document(records, "acceptance_rate", policy=p, context=context)
+                for p in (policy, "full")
+            )
+            style = {"color": CYCLE[i], "marker": MARKERS[i], "capsize": 3, "label": label}
+            right.errorbar(x, ratio(sparse, full).mean, _reach(ratio(sparse, full)), **style)
+    right.axhline(1, color="black", lw=1)
+    left.set(ylabel="acceptance of drafts", ylim=(0, None))
+    right.set(ylabel=f"{budget} entries over full cache")
+    for ax in (left, right):
+        ax.set_xticks(range(len(contexts)), [_tick("context", c) for c in contexts])
+        ax.set(xlabel="context (tokens)", xlim=(-0.5, len(contexts) - 0.5))
+    handles = dict(zip(*reversed(_handles(left)), strict=True))
+    fig.legend(handles.values(), handles, loc="outside upper left", ncols=4, fontsize=9)
+    loops = sum(bool(r["looping"]) for r in records)
+    caption(
+        fig,
+        f"SmolLM2-135M, {records[0]['drafter']}, sampling at temperature"
+        f" {records[0]['temperature']}, {len(records)} outputs, {loops} of them loop;\n"
+        f"n = {min(counts)} to {max(counts)} documents a point; bars: 95 % intervals over them."
+        f" {origin(about)}",
+    )
+    return fig, (left, right)
+
+
+def refreshed(records: Iterable[Mapping[str, Any]], drafter: str) -> list[Mapping[str, Any]]:
+    """Rows of a drafter on the windows on which every point of their regime was measured."""
+    own = [r for r in records if r["drafter"] == drafter]
+    kept = []
+    for regime in dict.fromkeys(r["regime"] for r in own):
+        here = [r for r in own if r["regime"] == regime]
+        points: dict[tuple, set[int]] = {}
+        for r in here:
+            points.setdefault((r["policy"], r["budget"], r["refresh"]), set()).add(r["sample"])
+        whole = set.intersection(*points.values())
+        kept += [r for r in here if r["sample"] in whole]
+    return kept
+
+
+def refresh(
+    records: Sequence[Mapping[str, Any]],
+    about: Mapping[str, Any],
+    drafter: str = "budgetdraft-feature-gpu",
+) -> tuple[Figure, Sequence[Axes]]:
+    """Acceptance against the rounds between selections: a panel a regime, a line a view.
+
+    A sweep that was stopped has some windows for some points alone: only whole ones are drawn.
+    """
+    import matplotlib.pyplot as plt
+
+    from bdlib import measure
+
+    rows = refreshed(records, drafter)
+    regimes = list(dict.fromkeys(r["regime"] for r in rows))
+    rounds = sorted({r["refresh"] for r in rows}, key=lambda v: (v is None, v))
+    views = list(dict.fromkeys((r["policy"], r["budget"]) for r in rows))
+    size = 4.9 * len(regimes), 3.8
+    fig, axes = plt.subplots(1, len(regimes), figsize=size, sharey=True, squeeze=False)
+    told = []
+    for ax, regime in zip(axes[0], regimes, strict=True):
+        here = [r for r in rows if r["regime"] == regime]
+        for i, (policy, budget) in enumerate(views):
+            place = {"policy": policy, "budget": budget}
+            spans = [
+                measure.interval(
+                    list(by_document(here, "acceptance_rate", **place, refresh=k).values())
+                )
+                for k in rounds
+            ]
+            at = [x + 0.1 * (i - (len(views) - 1) / 2) for x in range(len(rounds))]
+            style = {"color": CYCLE[i], "marker": MARKERS[i]}
+            ax.plot(at, [s.mean for s in spans], label=f"{policy}, {budget}", **style)
+            for x, span in zip(at, spans, strict=True):
+                ax.errorbar(x, span.mean, _reach(span), color=CYCLE[i], capsize=3, lw=1)
+        free = [
+            fmean(by_document(here, "ngram_acceptance_rate", refresh=k).values()) for k in rounds
+        ]
+        ax.plot(range(len(rounds)), free, color="black", ls=":", lw=1.6, label="n-gram lookup")
+        documents = len({r["document"] for r in here})
+        loops = sum(bool(r["looping"]) for r in here)
+        told.append(f"{regime}: n = {documents} documents, {loops} of {len(here)} outputs loop")
+        ax.set_xticks(range(len(rounds)), ["never" if k is None else str(k) for k in rounds])
+        ax.set(title=regime, xlabel="rounds between selections")
+    axes[0][0].set(ylabel="acceptance of drafts", ylim=(0, 1))
+    fig.legend(*_handles(axes[0][0]), loc="outside upper left", ncols=5, fontsize=9)
+    context, gamma = rows[0]["context"], rows[0]["gamma"]
+    caption(
+        fig,
+        f"SmolLM2-135M, {drafter}, {context:,} tokens, gamma {gamma}. {'; '.join(told)}.\n"
+        f"Bars: 95 % intervals over documents; {origin(about)}",
+    )
+    return fig, axes[0]
 
 
 # ---------------------------------------------------- methods side by side (rows of bdlib.baselines)

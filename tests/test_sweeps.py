@@ -237,6 +237,7 @@ def test_the_shipped_grids_are_well_formed(repository):
         "acceptance_first",
         "controller",
         "speed",
+        "robustness",
         "transfer",
         "refresh",
     }

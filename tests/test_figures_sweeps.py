@@ -1,0 +1,158 @@
+"""Trainings, generated text and refresh intervals: what the figures of archived sweeps compute and draw."""
+
+import json
+
+import matplotlib
+import pytest
+
+from bdlib import archive, figures, sweeps
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ABOUT = {
+    "dtype": ["bfloat16"],
+    "seeds": [1],
+    "commit": ["abc1234"],
+    "machine": [{"cpu": "a CPU", "gpu": "a GPU"}, {"cpu": "a CPU"}],
+}
+
+
+@pytest.fixture(autouse=True)
+def closed():
+    yield
+    plt.close("all")
+
+
+def forced(drafter, value, document="one", offset=0, policy="chunk_topk", budget=128, context=2048):
+    place = {"text": "books", "document": document, "offset": offset, "context": context}
+    view = {"drafter": drafter, "policy": policy, "budget": budget}
+    return view | place | {"alpha": value, "agreement": value}
+
+
+def full(drafter, value, **place):
+    return forced(drafter, value, policy="full", budget=None, **place)
+
+
+ONE, TWO = {"document": "one"}, {"document": "two"}
+TRAINED = [
+    forced("full-only", 0.30, **ONE),
+    forced("full-only", 0.50, offset=9, **ONE),
+    forced("full-only", 0.20, **TWO),
+    forced("many", 0.34, **ONE),
+    forced("many", 0.52, offset=9, **ONE),  # document one: +0.04 and +0.02
+    forced("many", 0.21, **TWO),  # +0.01
+    *(full(d, v, **ONE) for d, v in (("full-only", 0.4), ("many", 0.42))),
+    *(full(d, v, offset=9, **ONE) for d, v in (("full-only", 0.6), ("many", 0.60))),
+    *(full(d, v, **TWO) for d, v in (("full-only", 0.3), ("many", 0.30))),
+]
+
+
+def test_windows_of_a_document_are_averaged_before_documents():
+    found = figures.above(TRAINED, "alpha", "many", "chunk_topk", 128)
+    assert found.n == 2
+    assert found.mean == pytest.approx((0.03 + 0.01) / 2)
+
+
+def test_what_the_full_cache_gains_is_taken_off_window_by_window():
+    found = figures.above(TRAINED, "alpha", "many", "chunk_topk", 128, beyond_full=True)
+    assert found.mean == pytest.approx(((0.02 + 0.02) / 2 + 0.01) / 2)
+    own = figures.above(TRAINED, "alpha", "many", "full", None)
+    assert own.mean == pytest.approx((0.01 + 0) / 2)
+
+
+def test_a_window_that_one_of_the_two_lacks_is_left_out():
+    rows = [
+        *TRAINED,
+        forced("many", 0.9, document="three"),
+        forced("full-only", 0.1, document="four"),
+    ]
+    assert figures.above(rows, "alpha", "many", "chunk_topk", 128).n == 2
+
+
+def test_map_numbers_the_cells_whose_interval_excludes_zero():
+    rows = []
+    for i in range(6):
+        for drafter, gain in (
+            ("full-only", 0),
+            ("better", 0.01 + i / 1e4),
+            ("even", (-1) ** i / 100),
+        ):
+            rows.append(forced(drafter, 0.3 + gain, document=str(i)))
+            rows.append(full(drafter, 0.4, document=str(i)))
+    fig, axes = figures.transfer(rows, ABOUT)
+    for ax in axes:
+        shown = {t.get_position(): t.get_text() for t in ax.texts if t.get_text()[:1] in "+-"}
+        assert shown == {(0, 0): "+10.2"}
+        assert [t.get_text() for t in ax.get_yticklabels()] == ["better", "even"]
+        assert len(ax.patches) == 1
+    assert "n = 6 documents, 6 windows" in fig.get_supxlabel()
+    assert "a GPU, a CPU, seed 1, commit abc1234" in fig.get_supxlabel()
+
+
+def test_ratio_is_of_means_and_draws_both_values_of_a_document():
+    under = {"a": 0.2, "b": 0.4, "c": 0.3}
+    found = figures.ratio({k: v / 2 for k, v in under.items()} | {"d": 9.0}, under)
+    assert (found.mean, found.low, found.high) == pytest.approx((0.5, 0.5, 0.5))
+    assert found.n == 3
+    assert figures.ratio({"a": 0.1}, under)[:3] == (0.5, None, None)
+    other = figures.ratio({"a": 0.5, "b": 0.1, "c": 0.3}, under)
+    assert other.mean == pytest.approx(1)
+    assert other.low < 1 < other.high
+
+
+def test_documents_are_means_of_the_rows_that_match():
+    rows = [forced("many", v, offset=i) for i, v in enumerate((0.2, 0.4))]
+    rows += [forced("many", 0.9, budget=256), forced("many", None, document="two")]
+    assert figures.by_document(rows, "alpha", budget=128) == {("books", "one"): pytest.approx(0.3)}
+
+
+def generated(sample, refresh, **changes):
+    base = {"regime": "sampling", "drafter": "small", "policy": "snapkv", "budget": 128}
+    base |= {
+        "text": "books",
+        "document": f"d{sample}",
+        "context": 8192,
+        "gamma": 3,
+        "looping": False,
+    }
+    base |= {
+        "acceptance_rate": 0.3 + sample / 100,
+        "ngram_acceptance_rate": 0.1,
+        "temperature": 0.7,
+    }
+    return base | {"sample": sample, "refresh": refresh} | changes
+
+
+def test_a_stopped_sweep_is_drawn_on_windows_with_every_point():
+    rows = [generated(s, k) for s in range(3) for k in (1, None)] + [generated(3, None)]
+    rows += [generated(0, 1, drafter="self")]
+    assert {r["sample"] for r in figures.refreshed(rows, "small")} == {0, 1, 2}
+    fig, (ax,) = figures.refresh(rows, ABOUT, drafter="small")
+    assert [t.get_text() for t in ax.get_xticklabels()] == ["1", "never"]
+    assert "n = 3 documents, 0 of 6 outputs loop" in fig.get_supxlabel()
+
+
+def test_generated_text_with_a_budget_beside_the_full_cache():
+    rows = []
+    for s in range(4):
+        rows += [generated(s, None), generated(s, None, policy="full", budget=None, looping=s == 0)]
+    fig, (left, right) = figures.robustness(rows, ABOUT)
+    assert "8 outputs, 1 of them loop" in fig.get_supxlabel()
+    assert right.lines[0].get_ydata()[0] == pytest.approx(1)
+    assert left.get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize("name", ["transfer", "robustness", "refresh"])
+def test_archive_is_drawn(name):
+    folder = archive.results() / name
+    if not folder.is_dir():
+        pytest.skip("the archive is in a checkout")
+    about = json.loads((folder / "records.json").read_text(encoding="utf8"))
+    rows = sweeps.load(folder / "records.csv")
+    assert len(rows) == about["measured"]
+    assert {r["text"] for r in rows} <= {"books", "meetings", "narrative"}
+    # Workers shared the machine: no speed may be read from these.
+    assert all(r["tokens_per_second"] is r["speedup_decode"] is None for r in rows)
+    fig, _ = getattr(figures, name)(rows, about)
+    assert about["commit"][0] in fig.get_supxlabel()
