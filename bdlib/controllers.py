@@ -527,10 +527,12 @@ class Controller:
     """Chooses, round by round, how many tokens to draft, by which drafter, or to draft nothing.
 
     :func:`bdlib.decoding.decode` calls :meth:`start` once, and around each round :meth:`choose` and
-    :meth:`record`. The first round is a plain step, to know what one costs. Then the cost model is
+    :meth:`record`. The first round drafts a single token, to know what that costs. Then the cost model is
     applied to what is known: acceptance by position (a Beta posterior whose evidence fades, and fades
-    at once when the last few rounds contradict it) and running medians of the measured times. When no
-    draft length pays it stops drafting, and tries a single draft at growing intervals.
+    at once when the last few rounds contradict it) and running medians of the measured times. What a
+    plain step costs is read off the verifications at first; one is taken as soon as the gain is not
+    plain to see, and after :attr:`UNTIMED` rounds in any case. When no draft length pays it stops
+    drafting, and tries a single draft at growing intervals.
 
     Each :meth:`start` forgets what was learned: a text is judged by itself.
     """
@@ -541,7 +543,11 @@ class Controller:
     VERIFY_SLOPE = 0.03  # of a plain step, for each further token, until measured
     DRAFT_GUESS = 0.15  # of a plain step, for each drafted token, until measured
     CLOSE = 1.15  # predicted speed-up below which the cost of a plain step matters most
+    UNSURE = 1.3  # the same while no plain step has been timed
+    UNTIMED = 4  # rounds after which the first plain step is taken, however large the gain looks
+    DISTURBED = 1.5  # of its usual time: what is above that is not the drafts' doing
     UPFRONT = 128  # tokens for which half of the allowance is there at the start
+    FIRST = Choice(0, 0, "plain step: to learn what one costs")
 
     def __init__(self, settings: ControllerSettings | None = None) -> None:
         self.settings = settings or ControllerSettings()
@@ -554,12 +560,13 @@ class Controller:
         self._arms = [_Arm(name, self.settings) for name in arms]
         self._plain: deque[float] = deque(maxlen=_Curve.RECENT)
         self._verify = _Curve()
-        self._step = 0.0  # seconds of a plain step
+        self._guesses: deque[float] = deque(maxlen=_Curve.RECENT)  # a plain step, by verifications
+        self._step = 1.0  # seconds of a plain step; a unit until anything was timed
         self._spent = 0.0  # seconds of rounds that drafted, and the tokens they gave
         self._got = 0
         self._upfront = min(max_new_tokens, self.UPFRONT)
         self._emitted = 0
-        self._since_plain, self._close = 0, True
+        self._since_plain, self._close = 0, False
         self._recheck = min(4, self.settings.recheck)
         self._skipped = [0] * len(self._arms)  # tokens each drafter has to catch up with
         self._off = self._surprise = False
@@ -577,8 +584,9 @@ class Controller:
         if most < 1:
             return Choice(0, 0, "plain step: the last token is always the target's own")
         if not self._plain:
-            return Choice(0, 0, "plain step: to learn what one costs")
-        if self._since_plain >= (self._recheck if self._close else self.settings.recheck):
+            if self._since_plain >= (1 if self._close else self.UNTIMED):
+                return self.FIRST
+        elif self._since_plain >= (self._recheck if self._close else self.settings.recheck):
             self._recheck = min(2 * self._recheck, self.settings.recheck)
             return Choice(0, 0, "plain step: to see what one costs now")
         if self._wait > 0 and not self._surprise:
@@ -588,6 +596,8 @@ class Controller:
         if not self._arms[arm].draft:
             options = options[:1]  # one draft tells what drafts cost
         best = max(options, key=lambda p: p.speedup)
+        if best.speedup <= 1 and not self._plain:
+            return self.FIRST
         if best.speedup <= 1 and not self._off:  # is that certain enough to stop?
             options = self._predictions(self._arms[arm], most, self.PATIENCE)[: len(options)]
             best = max(options, key=lambda p: p.speedup)
@@ -605,6 +615,8 @@ class Controller:
                 self._interval = min(2 * self._interval, self.settings.probe_most)
             self._wait = self._interval
         if not self._affordable(best, 1.0 if kind == "probe" else self.DRAFTS):
+            if not self._plain:
+                return self.FIRST
             self._wait = max(self._wait, 2)
             self._surprise = False
             self._idle = Choice(
@@ -614,7 +626,7 @@ class Controller:
         if kind == "draft":
             if self._off:
                 self._off, self._streak, self._wait = False, 0, 0
-            self._close = best.speedup < self.CLOSE
+            self._close = best.speedup < (self.CLOSE if self._plain else self.UNSURE)
             return Choice(best.gamma, arm, self._reason(arm, best))
         return Choice(1, arm, f"probe: one draft, to see whether it pays now ({self._gain(best)})")
 
@@ -699,9 +711,11 @@ class Controller:
             self._since_plain = 0
             self._learn_plain(seconds)
             return
-        # A pass that takes longer than token by token was disturbed by something else: a cap on it.
-        draft = min(one.seconds["draft"], max(1, drafted) * self._step)
-        verify = min(one.seconds["verify"], (drafted + 1) * self._step)
+        draft, verify = one.seconds["draft"], one.seconds["verify"]
+        if self._plain or self._guesses:
+            # A pass that takes longer than token by token was disturbed by something else: a cap on it.
+            draft = min(draft, max(1, drafted) * self._step)
+            verify = min(verify, (drafted + 1) * self._step)
         index = self._choice.arm
         arm, late = self._arms[index], self._skipped[index] > 2
         self._skipped = [n + len(one.emitted) for n in self._skipped]
@@ -718,9 +732,17 @@ class Controller:
         if drafted:
             self._since_plain += 1
             self._streak += 1
+            if self._verify:
+                slope = self.VERIFY_SLOPE * self._step
+                usual = self._verify.table(drafted + 1, drafted + 1, slope)[0]
+                verify = min(verify, self.DISTURBED * usual)
+            if arm.draft and not late:
+                draft = min(draft, self.DISTURBED * arm.draft.table(drafted, drafted)[0])
             self._verify.add(drafted + 1, verify)
             if not late or not arm.draft:  # catching up is not part of a usual draft
                 arm.draft.add(drafted, draft)
+            self._guesses.append(verify / (1 + self.VERIFY_SLOPE * drafted))
+            self._learn_step()
         else:  # it had nothing to propose
             self._since_plain = 0
             self._learn_plain(one.seconds["verify"])
@@ -730,7 +752,14 @@ class Controller:
 
     def _learn_plain(self, seconds: float) -> None:
         self._plain.append(seconds)
-        self._step = median(self._plain)
+        self._learn_step()
+
+    def _learn_step(self) -> None:
+        """A plain step by those taken; while they are few, what verifications say counts as one."""
+        known = list(self._plain)
+        if len(known) < 3 and self._guesses:
+            known.append(median(self._guesses))
+        self._step = median(known)
 
     def explain(self) -> str:
         """One sentence: what was chosen last, and why."""
