@@ -410,7 +410,8 @@ def sweep(
 @app.command()
 def figure(
     name: Annotated[
-        str, typer.Argument(help="headline, acceptance, transfer, robustness or refresh.")
+        str,
+        typer.Argument(help="headline, acceptance, transfer, robustness, refresh or controller."),
     ],
     out: Annotated[
         Path | None, typer.Option(help="PNG, or a folder of them; beside the results if unset.")
@@ -423,8 +424,12 @@ def figure(
 
     from bdlib import assets, figures
 
-    swept = {"transfer": figures.transfer, "robustness": figures.robustness}
-    swept |= {"refresh": figures.refresh}
+    swept = {
+        "transfer": ("transfer",),
+        "robustness": ("robustness",),
+        "refresh": ("refresh",),
+        "controller": ("controller", "predicted"),
+    }
     names = ("headline", "acceptance", *swept)
     if name not in names:
         raise ValueError(f"unknown figure {name!r}; allowed: {', '.join(names)}")
@@ -445,7 +450,7 @@ def figure(
         figures.use_style()
         out = out or folder
         out.mkdir(parents=True, exist_ok=True)
-        found = {name: swept[name](rows, about)[0]} if name in swept else None
+        found = {key: getattr(figures, key)(rows, about)[0] for key in swept.get(name, ())}
         for key, drawn in (found or figures.acceptance(rows, about)).items():
             drawn.savefig(out / f"{key}.png", dpi=110, format="png", metadata={"Software": None})
             typer.echo(f"wrote {key}.png")

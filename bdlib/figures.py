@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
-from statistics import fmean
+from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -874,4 +874,138 @@ def two_levels() -> tuple[Figure, Axes]:
         ax.text(x, -0.45, words, ha="center", fontsize=9, color="#444444")
     ax.set(xlim=(-0.1, 11), ylim=(-0.7, 2.5))
     ax.axis("off")
+    return fig, ax
+
+
+# -------------------------------------------------------------------- speed: the controller
+
+
+def controller(
+    records: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
+) -> tuple[Figure, Sequence[Axes]]:
+    """Speed-up of each document with the controller, by context: a panel a regime.
+
+    Outputs that loop are hollow; a bar is the median of those that do not.
+    """
+    import matplotlib.pyplot as plt
+
+    steered = [r for r in records if r["controller"]]
+    regimes = list(dict.fromkeys(r["regime"] for r in steered))
+    policies = list(dict.fromkeys(r["policy"] for r in steered))
+    contexts = sorted({r["context"] for r in steered})
+    fig, axes = plt.subplots(
+        1, len(regimes), figsize=(5 * len(regimes), 4.4), sharey=True, squeeze=False
+    )
+    for ax, regime in zip(axes[0], regimes, strict=True):
+        for i, policy in enumerate(policies):
+            for x, context in enumerate(contexts):
+                here = {"regime": regime, "policy": policy, "context": context}
+                found = [r for r in steered if all(r[k] == v for k, v in here.items())]
+                middle = x + 0.4 * (i - (len(policies) - 1) / 2)
+                for looping in (False, True):
+                    own = sorted(r["speedup_decode"] for r in found if r["looping"] == looping)
+                    spread = [middle + 0.03 * (n - len(own) / 2) for n in range(len(own))]
+                    style = {"color": CYCLE[i], "mfc": "none" if looping else CYCLE[i], "ms": 6}
+                    ax.plot(spread, own, MARKERS[i], label="" if looping else policy, **style)
+                straight = [r["speedup_decode"] for r in found if not r["looping"]]
+                if straight:
+                    ax.plot([middle - 0.17, middle + 0.17], [median(straight)] * 2, "k", lw=2)
+        ax.axhline(1, color="black", ls="--", lw=1)
+        ax.set_xticks(range(len(contexts)), [_tick("context", c) for c in contexts])
+        ax.set(xlabel="context (tokens)", title=regime)
+    axes[0, 0].set(ylabel="speed-up over plain decoding", ylim=(0.8, None))
+    handles = dict(zip(*reversed(_handles(axes[0, 0])), strict=True))
+    fig.legend(handles.values(), handles, loc="outside upper left", ncols=4, fontsize=9)
+    first = steered[0]
+    caption(
+        fig,
+        f"{first['drafter']}, budget {first['budget']}, gamma at most {first['gamma']}; decoding alone;"
+        " hollow: the output loops; bars: medians of those that do not;\n"
+        f"{about['threads'][0]} threads. {origin(about)}",
+    )
+    return fig, axes[0]
+
+
+def predictions(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Speed-ups between the shortest and the longest draft of a window, from these two alone.
+
+    Acceptance by position and the costs of a round come from the runs with the shortest and the
+    longest draft, costs between them on a straight line; :func:`bdlib.controllers.predict` says what
+    the draft lengths in between should give. Windows with fewer than three draft lengths are left out.
+
+    Parameters
+    ----------
+    records
+        Rows of a sweep's ``records.csv`` that generated text.
+
+    Returns
+    -------
+    list
+        The row of each run in between, with ``predicted`` beside its ``speedup_decode``.
+    """
+    from bdlib.controllers import Costs, predict
+
+    axes = ("regime", "drafter", "policy", "budget", "context", "text", "temperature", "refresh")
+    groups: dict[tuple, dict[int, Mapping[str, Any]]] = {}
+    for r in records:
+        if not r["controller"]:
+            key = (*(r[name] for name in axes), r["seed"], r["sample"])
+            groups.setdefault(key, {})[r["gamma"]] = r
+    out = []
+    for runs in groups.values():
+        ends = [runs[min(runs)], runs[max(runs)]]
+        draft, verify = (
+            {r["gamma"] + more: r[f"{phase}_seconds"] / r["rounds"] for r in ends}
+            for phase, more in (("draft", 0), ("verify", 1))
+        )
+        costs = Costs(
+            fmean(1 / r["ar_tokens_per_second"] for r in ends),
+            draft,
+            verify,
+            fmean(r["select_seconds"] / r["rounds"] for r in ends),
+        )
+        tried, hit = [0.0] * max(runs), [0.0] * max(runs)
+        for r in ends:
+            reached = float(r["rounds"])
+            for i, share in enumerate(r["by_position"]):
+                tried[i] += reached
+                reached *= share
+                hit[i] += reached
+        alphas = [h / t if t else 0.0 for h, t in zip(hit, tried, strict=True)]
+        for gamma in sorted(runs)[1:-1]:
+            predicted = predict(alphas, gamma, costs).speedup
+            out.append({**runs[gamma], "predicted": predicted})
+    return out
+
+
+def predicted(
+    records: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
+) -> tuple[Figure, Axes]:
+    """Predicted against measured speed-up (:func:`predictions`), a mark a document and draft length."""
+    import matplotlib.pyplot as plt
+
+    rows = predictions(records)
+    fig, ax = plt.subplots(figsize=(5.6, 5.2))
+    for i, regime in enumerate(dict.fromkeys(r["regime"] for r in rows)):
+        own = [r for r in rows if r["regime"] == regime]
+        off = [abs(r["predicted"] / r["speedup_decode"] - 1) for r in own]
+        ax.plot(
+            [r["predicted"] for r in own],
+            [r["speedup_decode"] for r in own],
+            MARKERS[i],
+            color=CYCLE[i],
+            mfc="none",
+            label=f"{regime}: off by {median(off):.0%} in the median",
+        )
+    every = [r[name] for r in rows for name in ("predicted", "speedup_decode")]
+    ends = (0.9 * min(every), 1.05 * max(every))
+    ax.plot(ends, ends, color="black", ls="--", lw=1)
+    ax.set(xlabel="predicted speed-up", ylabel="measured speed-up", xlim=ends, ylim=ends)
+    ax.legend(loc="upper left", fontsize=9)
+    gammas = ", ".join(map(str, sorted({r["gamma"] for r in rows})))
+    caption(
+        fig,
+        f"{rows[0]['drafter']}, gamma {gammas} predicted from a shorter and a longer draft on the same"
+        f" prompt;\nn = {len(rows)}. {origin(about)}",
+    )
     return fig, ax

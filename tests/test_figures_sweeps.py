@@ -156,3 +156,61 @@ def test_archive_is_drawn(name):
     assert all(r["tokens_per_second"] is r["speedup_decode"] is None for r in rows)
     fig, _ = getattr(figures, name)(rows, about)
     assert about["commit"][0] in fig.get_supxlabel()
+
+
+# ------------------------------------------------------------------ the controller, and predictions
+
+
+def decoded(gamma, speed, accepted=(0.5,), controller=False, sample=0, **more):
+    """A run of 50 rounds on a machine on which everything is proportional: 0.1 s a plain step."""
+    rounds = 50
+    return {
+        "regime": "sampling", "drafter": "d", "policy": "chunk_topk_recent", "budget": 256,
+        "context": 4096, "gamma": gamma, "controller": controller, "text": "books",
+        "temperature": 0.7, "refresh": None, "seed": 1, "sample": sample, "looping": False,
+        "speedup_decode": speed, "ar_tokens_per_second": 10.0, "rounds": rounds,
+        "draft_seconds": rounds * 0.01 * gamma, "verify_seconds": rounds * (0.1 + 0.002 * gamma),
+        "select_seconds": 0.05, "by_position": list(accepted),
+    } | more  # fmt: skip
+
+
+def test_a_speedup_is_predicted_from_shorter_and_longer_drafts():
+    runs = [
+        decoded(1, 1.3, [0.6]),
+        decoded(2, 1.4, [0.6, 0.5]),
+        decoded(4, 1.5, [0.6, 0.5, 0.4, 0.3]),
+        decoded(2, 9.9, controller=True),
+        decoded(1, 1.0, sample=1),  # a window with two draft lengths has none in between
+        decoded(4, 1.0, [0.5] * 4, sample=1),
+    ]
+    (row,) = figures.predictions(runs)
+    assert (row["gamma"], row["speedup_decode"]) == (2, 1.4)
+    assert row["predicted"] == pytest.approx((1 + 0.6 + 0.3) * 0.1 / (0.02 + 0.104 + 0.001))
+
+
+def test_positions_that_only_one_run_reached_count_by_their_rounds():
+    runs = [decoded(1, 1.0, [0.2]), decoded(2, 1.0, [0.4, 0.5]), decoded(3, 1.0, [0.4, 0.5, 0.5])]
+    (row,) = figures.predictions(runs)
+    expected = (1 + 0.3 + 0.3 * 0.5) * 0.1 / (0.02 + 0.104 + 0.001)
+    assert row["predicted"] == pytest.approx(expected)
+
+
+def test_the_controllers_figures_are_drawn():
+    about = ABOUT | {"threads": [2]}
+    runs = [
+        decoded(g, s, [0.5] * g, policy=p, controller=c, looping=loop, context=n)
+        for g, s, p, c, loop, n in (
+            (6, 1.5, "chunk_topk_recent", True, False, 4096),
+            (6, 1.7, "sink_window", True, False, 4096),
+            (6, 2.9, "sink_window", True, True, 8192),
+            (1, 1.2, "chunk_topk_recent", False, False, 4096),
+            (2, 1.3, "chunk_topk_recent", False, False, 4096),
+            (4, 1.4, "chunk_topk_recent", False, False, 4096),
+        )
+    ]
+    fig, axes = figures.controller(runs, about)
+    drawn = [y for line in axes[0].get_lines() for y in line.get_ydata()]
+    assert {1.5, 1.7, 2.9} <= set(drawn)
+    assert 1.2 not in drawn
+    ax = figures.predicted(runs, about)[1]
+    assert "off by" in ax.get_legend().get_texts()[0].get_text()
