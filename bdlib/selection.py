@@ -296,6 +296,11 @@ class SnapKV(Policy):
     def __post_init__(self) -> None:
         check_whole("pool", self.pool, 1, "neighbour")
 
+    def floor(self, budget: int) -> int:
+        # SnapKV keeps all that is generated. In a fixed budget it displaces the worst of the selection:
+        # the window is short, and without the newest entries a model does not know where it is.
+        return budget // 2
+
     def select(self, keys, budget, queries, positions):
         length = keys.shape[2]
         if length <= budget:

@@ -368,6 +368,21 @@ def test_who_has_to_go(model, policy):
     assert 30 - left.shape[-1] <= len(held) <= 32 - left.shape[-1]
 
 
+@pytest.mark.parametrize("policy", [name for name in STORED if name != "full"])
+@pytest.mark.parametrize("budget", [64, 256, 384])
+@torch.inference_mode()
+def test_the_newest_entries_stay_whatever_the_budget(model, policy, budget):
+    """Room is made for many tokens at once; that must not take the window of a policy that has one."""
+    full = full_cache(model, tiny.text(440), policy=policy)
+    sparse = sparse_cache(model, full, policy, budget)
+    window = len(sparse._recent)
+    for token in tiny.text(budget // 16 + 3, seed=1):
+        step(model, sparse, token[None])
+        newest = sparse.positions(0)[0, 0].max().item()
+        assert newest == sparse.length - 1
+        assert len(sparse._recent) >= min(24, 0.75 * window)
+
+
 @torch.inference_mode()
 def test_rewinding_the_sparse_cache(model):
     text, more = tiny.text(60), tiny.text(6, seed=1)
