@@ -208,7 +208,7 @@ def test_the_controllers_figures_are_drawn():
             (4, 1.4, "chunk_topk_recent", False, False, 4096),
         )
     ]
-    fig, axes = figures.controller(runs, about)
+    axes = figures.controller(runs, about)[1]
     drawn = [y for line in axes[0].get_lines() for y in line.get_ydata()]
     assert {1.5, 1.7, 2.9} <= set(drawn)
     assert 1.2 not in drawn
