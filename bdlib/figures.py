@@ -380,16 +380,17 @@ def agreement_panels(
     if ngram:
         axes[0][0].set_ylim(0, 1.06 * max(ax.dataLim.y1 for ax in axes[0]))  # they share it
     axes[0][0].set_ylabel("top-1 agreement with the target")
-    found = {}
-    for ax in axes[0]:
-        found |= {label: handle for handle, label in zip(*_handles(ax), strict=True)}
-    columns = min(4, 1 + len(texts))
-    fig.legend(found.values(), found.keys(), loc="outside upper left", ncols=columns, fontsize=9)
+    _legend_above(fig, axes[0], min(4, 1 + len(texts)))
     return fig, axes[0]
 
 
-def _handles(ax: Axes) -> tuple[list[Any], list[str]]:
-    return ax.get_legend_handles_labels()
+def _legend_above(fig: Figure, axes: Iterable[Axes], columns: int) -> None:
+    """One legend above all of a figure, with every label of these axes once."""
+    found: dict[str, Any] = {}
+    for ax in axes:
+        handles, labels = ax.get_legend_handles_labels()
+        found |= dict(zip(labels, handles, strict=True))
+    fig.legend(found.values(), found.keys(), loc="outside upper left", ncols=columns, fontsize=9)
 
 
 def _tick(across: str, value: Any) -> str:
@@ -675,15 +676,15 @@ def robustness(
                 for p in (policy, "full")
             )
             style = {"color": CYCLE[i], "marker": MARKERS[i], "capsize": 3, "label": label}
-            right.errorbar(x, ratio(sparse, full).mean, _reach(ratio(sparse, full)), **style)
+            span = ratio(sparse, full)
+            right.errorbar(x, span.mean, _reach(span), **style)
     right.axhline(1, color="black", lw=1)
     left.set(ylabel="acceptance of drafts", ylim=(0, None))
     right.set(ylabel=f"{budget} entries over full cache")
     for ax in (left, right):
         ax.set_xticks(range(len(contexts)), [_tick("context", c) for c in contexts])
         ax.set(xlabel="context (tokens)", xlim=(-0.5, len(contexts) - 0.5))
-    handles = dict(zip(*reversed(_handles(left)), strict=True))
-    fig.legend(handles.values(), handles, loc="outside upper left", ncols=4, fontsize=9)
+    _legend_above(fig, [left], 4)
     loops = sum(bool(r["looping"]) for r in records)
     caption(
         fig,
@@ -754,7 +755,7 @@ def refresh(
         ax.set_xticks(range(len(rounds)), ["never" if k is None else str(k) for k in rounds])
         ax.set(title=regime, xlabel="rounds between selections")
     axes[0][0].set(ylabel="acceptance of drafts", ylim=(0, 1))
-    fig.legend(*_handles(axes[0][0]), loc="outside upper left", ncols=5, fontsize=9)
+    _legend_above(fig, axes[0][:1], 5)
     context, gamma = rows[0]["context"], rows[0]["gamma"]
     caption(
         fig,
@@ -914,8 +915,7 @@ def controller(
         ax.set_xticks(range(len(contexts)), [_tick("context", c) for c in contexts])
         ax.set(xlabel="context (tokens)", title=regime)
     axes[0, 0].set(ylabel="speed-up over plain decoding", ylim=(0.8, None))
-    handles = dict(zip(*reversed(_handles(axes[0, 0])), strict=True))
-    fig.legend(handles.values(), handles, loc="outside upper left", ncols=4, fontsize=9)
+    _legend_above(fig, axes[0, :1], 4)
     first = steered[0]
     caption(
         fig,
