@@ -23,11 +23,13 @@ renormalised over the tokens the drafter can score. A drafter may score only par
 a token outside has ``q = 0``.
 
 On a GPU :func:`branch` is the kernel of :mod:`bdlib.kernels.acceptance_loss`, for teachers it has room
-for; what follows is the same in PyTorch.
+for; what follows is the same in PyTorch. Like the kernel it never stores a softmax over the vocabulary:
+every loss here reads ``log q`` at the teacher's few tokens alone (:class:`ChosenLogProbs`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +40,9 @@ from bdlib.kernels.acceptance_loss import MAX_TOKENS, acceptance_loss
 from bdlib.kernels.launching import use_triton, wanted
 
 LOSSES = ("ce", "kl", "tv", "lk_alpha", "lk_lambda")
+PIECE = (
+    1 << 18
+)  # logits that are worked on at once outside a GPU: 1 MB, which stays in a core's cache
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,47 @@ class TeacherTarget:
         """Keep the ``k`` best of ``[N, V]`` logits (all of them by default: nothing is lost)."""
         probs, ids = torch.softmax(logits.float(), -1).topk(k or logits.shape[-1], -1)
         return cls(ids, probs)
+
+
+class ChosenLogProbs(torch.autograd.Function):
+    """``log_softmax(x)`` at ``K`` places of each row, and where each row is greatest.
+
+    With ``c_k = d loss / d log q_k`` the gradient of a row is ``dx_r = c_r - q_r sum_k c_k`` (``c_r = 0``
+    elsewhere), so ``logsumexp`` is all that has to be kept: ``q`` is computed again, a piece of rows at
+    a time. A softmax of every row would be written to memory and read back several times, and on a CPU
+    that takes longer than the head's matrix product.
+    """
+
+    @staticmethod
+    def forward(ctx, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits ``[N, R]`` and places ``[N, K]``: log-probabilities ``[N, K]``, favourites ``[N]``."""
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        lse = logits.new_empty((logits.shape[0], 1), dtype=dtype)
+        favourite = index.new_empty(logits.shape[0], dtype=torch.int64)
+        for part in _pieces(logits):
+            x = logits[part].to(dtype)
+            torch.logsumexp(x, -1, keepdim=True, out=lse[part])
+            torch.argmax(x, -1, out=favourite[part])
+        ctx.save_for_backward(logits, index, lse)
+        ctx.mark_non_differentiable(favourite)
+        return logits.gather(-1, index).to(dtype) - lse, favourite
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor, _: Tensor) -> tuple[Tensor, None]:
+        logits, index, lse = ctx.saved_tensors
+        total, result = gradient.sum(-1, keepdim=True), torch.empty_like(logits)
+        for part in _pieces(logits):
+            q = torch.sub(logits[part], lse[part]).exp_()
+            dx = q.mul_(-total[part]).scatter_add_(-1, index[part], gradient[part])
+            result[part] = dx
+        return result, None
+
+
+def _pieces(logits: Tensor) -> list[slice]:
+    """Rows to work on at once."""
+    count, size = logits.shape
+    step = max(1, PIECE // max(1, size)) if logits.device.type == "cpu" else max(1, count)
+    return [slice(i, i + step) for i in range(0, count, step)]
 
 
 @dataclass(frozen=True)
@@ -109,30 +155,48 @@ def branch(
     ValueError
         Unknown loss, or a teacher target of another length.
     """
+    return branches(logits, [target], loss, rows)[0]
+
+
+def branches(
+    logits: Tensor, targets: Sequence[TeacherTarget], loss: str = "ce", rows: Tensor | None = None
+) -> list[Branch]:
+    """:func:`branch` of several views whose logits one product made, one after the other ``[N, R]``."""
     if loss not in LOSSES:
         raise ValueError(f"unknown loss {loss!r}; allowed: {', '.join(LOSSES)}")
-    if logits.shape[0] != target.ids.shape[0]:
-        raise ValueError(
-            f"logits of {logits.shape[0]} positions, teacher target of {target.ids.shape[0]}"
-        )
-    count = target.ids.shape[1]
+    sizes = [target.ids.shape[0] for target in targets]
+    if logits.shape[0] != sum(sizes):
+        raise ValueError(f"logits of {logits.shape[0]} positions, teacher target of {sum(sizes)}")
+    count = targets[0].ids.shape[1]
     many = f"ids has {count} tokens a position; the kernel takes {MAX_TOKENS}"
     many = many if count > MAX_TOKENS else None
     if wanted(logits.device) and use_triton("auto", "logits", logits, fault=many):
-        found = acceptance_loss(logits, target.ids, target.probs, loss, rows, check=False)
-        alpha, agreement = found.alpha.mean().detach(), found.agreement.double().mean()
-        if not torch.is_grad_enabled():
-            alpha, agreement = float(alpha), float(agreement)
-        return Branch(found.loss, alpha, agreement, found.kl)
-    log_q = F.log_softmax(logits.float() if logits.dtype != torch.float64 else logits, -1)
-    index = target.ids if rows is None else rows[target.ids]
+        parts = zip(logits.split(sizes), targets, strict=True)
+        return [_in_kernel(x, target, loss, rows) for x, target in parts]
+    ids = torch.cat([target.ids for target in targets])
+    index = ids if rows is None else rows[ids]
     scored = index >= 0  # [N, K]
-    chosen = log_q.gather(-1, index.clamp_min(0)).masked_fill(~scored, float("-inf"))
-    p = target.probs.to(log_q.dtype)
+    chosen, favourite = ChosenLogProbs.apply(logits, index.clamp_min(0))
+    chosen = chosen.masked_fill(~scored, float("-inf"))
+    right = favourite == index[:, 0]
+    parts = zip(targets, *(t.split(sizes) for t in (chosen, scored, right)), strict=True)
+    return [_of_chosen(target.probs, *part, loss) for target, *part in parts]
+
+
+def _in_kernel(logits: Tensor, target: TeacherTarget, loss: str, rows: Tensor | None) -> Branch:
+    found = acceptance_loss(logits, target.ids, target.probs, loss, rows, check=False)
+    alpha, agreement = found.alpha.mean().detach(), found.agreement.double().mean()
+    if not torch.is_grad_enabled():
+        alpha, agreement = float(alpha), float(agreement)
+    return Branch(found.loss, alpha, agreement, found.kl)
+
+
+def _of_chosen(p: Tensor, chosen: Tensor, scored: Tensor, right: Tensor, loss: str) -> Branch:
+    """A branch from ``log q`` at the teacher's tokens ``[N, K]``, which of them are scored, and where the
+    drafter's favourite is the teacher's ``[N]``."""
+    p = p.to(chosen.dtype)
     overlap = torch.minimum(p, chosen.exp()).sum(-1)  # alpha at each position
     kl = _kl(p, chosen, scored)
-    with torch.no_grad():
-        agreement = (log_q.argmax(-1) == index[:, 0]).double().mean()
     if loss == "ce":
         known = scored[:, 0]  # where the target's favourite cannot be scored, nothing can be learnt
         positions = -chosen[:, 0].masked_fill(~known, 0.0)
@@ -148,7 +212,7 @@ def branch(
         value = (weight * kl + (1 - weight) * (1 - overlap)).mean()
     top = slice(0, 32)
     top_kl = _kl(p[:, top], chosen[:, top], scored[:, top])
-    return Branch(value, float(overlap.detach().mean()), float(agreement), top_kl)
+    return Branch(value, float(overlap.detach().mean()), float(right.double().mean()), top_kl)
 
 
 def _kl(p: Tensor, log_q: Tensor, scored: Tensor) -> Tensor:

@@ -32,11 +32,11 @@ from torch import Tensor
 from bdlib import assets
 from bdlib.budgets import BudgetSampler
 from bdlib.models import FeatureDecoder, row_of
-from bdlib.objectives import Branch, Objective, TeacherTarget, branch
+from bdlib.objectives import Branch, Objective, TeacherTarget, branches
 from bdlib.selection import make_policy
 from bdlib.teacher import TeacherStore
-from bdlib.transformer import Decoder
-from bdlib.views import Stream, View, drafted_view, full_stream
+from bdlib.transformer import Decoder, keeping_freed
+from bdlib.views import Stream, View, drafted_view, drafted_views, full_stream
 
 Example = tuple[Tensor, TeacherTarget, Tensor | None]
 MODES = ("all", "continuation")
@@ -166,51 +166,63 @@ def window_loss(
     if settings.mode == "all":
         x = None if states is None else model.inputs(tokens[None], states[None])
         stream = full_stream(model, tokens, x)
-        full = branch_of_blocks(
-            model, [stream.hidden[None]], target, [0], length, settings.objective.full
-        )
+        hidden, whole = stream.hidden[None], [0]
         # Blocks begin anywhere, so that every place and every remainder by the chunk size comes up.
         possible = list(range(1 + chance.randrange(block), length - block + 1, block))
     else:
         stream, hidden = _frozen_prefix(model, tokens, length - block, states)
-        possible = [length - block]
-        full = branch_of_blocks(model, [hidden], target, possible, length, settings.objective.full)
-    sparse = []
-    for view in views:
-        count = max(1, round(len(possible) * settings.share))
-        starts = sorted(chance.sample(possible, count))
-        steps = 1 if states is None else settings.draft_steps
-        if settings.mode == "continuation":  # as in the paper, the continuation comes on top
-            view = replace(view, budget=view.budget + block)
-        hidden = drafted_view(model, tokens, stream, view, starts, block, states, steps)
-        sparse.append(
-            branch_of_blocks(model, hidden, target, starts, length, settings.objective.sparse)
-        )
-    return settings.objective.total(full, sparse), full, sparse
+        possible = whole = [length - block]
+    objective = settings.objective
+    (full,) = branches_of_blocks(model, [hidden], target, [whole], length, objective.full)
+    if not views:
+        return objective.total(full, []), full, []
+    count = max(1, round(len(possible) * settings.share))
+    starts = [sorted(chance.sample(possible, count)) for _ in views]
+    if settings.mode == "continuation":  # as in the paper, the continuation comes on top
+        views = [replace(view, budget=view.budget + block) for view in views]
+    steps = 1 if states is None else settings.draft_steps
+    replayed = list(zip(views, starts, strict=True))
+    drafted = drafted_views(model, tokens, stream, replayed, block, states, steps)
+    sparse = branches_of_blocks(model, drafted, target, starts, length, objective.sparse)
+    return objective.total(full, sparse), full, sparse
 
 
-def branch_of_blocks(
+def branches_of_blocks(
     model: Decoder,
     steps: Sequence[Tensor],
     target: TeacherTarget,
-    starts: Sequence[int],
+    starts: Sequence[Sequence[int]],
     window: int,
     loss: str,
-) -> Branch:
-    """The branch of blocks' states ``[N, n, C]``, averaged over draft steps; figures of the first."""
-    rows, length = row_of(model), steps[0].shape[1]
+) -> list[Branch]:
+    """The branch of each view from all its blocks' states, averaged over draft steps; figures of the
+    first.
+
+    Parameters
+    ----------
+    steps
+        Of each draft step, ``[blocks of all views, n, C]``, as :func:`bdlib.views.drafted_views` gives.
+    starts
+        Where the blocks of each view begin.
+    """
+    length = steps[0].shape[1]
     missing = window - target.ids.shape[0]  # positions at the front that the teacher did not keep
-    branches = []
-    for step, hidden in enumerate(steps):
-        at = torch.cat([torch.arange(s + step, s + length) for s in starts]) - missing
-        part = TeacherTarget(target.ids[at], target.probs[at])
-        logits = model.logits(hidden[:, step:].flatten(0, 1))
-        branches.append(branch(logits, part, loss, rows))
-    first = branches[0]
-    mean = torch.stack([b.loss for b in branches]).mean()
-    places = torch.cat([torch.arange(s, s + length) for s in starts]).to(first.kl.device)
-    deeper = tuple(b.agreement for b in branches[1:])
-    return replace(first, loss=mean, deeper=deeper, positions=places)
+    targets, hidden = [], []
+    for step, states in enumerate(steps):
+        hidden.append((states[:, step:] if step else states).flatten(0, 1))
+        for blocks in starts:
+            at = torch.cat([torch.arange(s + step, s + length) for s in blocks]) - missing
+            targets.append(TeacherTarget(target.ids[at], target.probs[at]))
+    logits = model.logits(torch.cat(hidden), wide=False)
+    found = branches(logits, targets, loss, row_of(model))
+    result = []
+    for view, blocks in enumerate(starts):
+        first, *later = of_view = found[view :: len(starts)]
+        mean = torch.stack([b.loss for b in of_view]).mean()
+        places = torch.cat([torch.arange(s, s + length) for s in blocks]).to(first.kl.device)
+        deeper = tuple(b.agreement for b in later)
+        result.append(replace(first, loss=mean, deeper=deeper, positions=places))
+    return result
 
 
 def _frozen_prefix(
@@ -356,6 +368,7 @@ class Trainer:
         return store, window_of(self.settings.seed + store, index, self.counts[store])
 
     # ---------------------------------------------------------------- a run
+    @keeping_freed()
     def run(self, progress: Callable[[dict[str, Any]], None] | None = None) -> None:
         """Train to the end, or until interrupted; a checkpoint is written either way."""
         saved = time.monotonic()

@@ -17,6 +17,7 @@ What makes it quick on CPU, measured in lesson 02:
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import json
@@ -327,6 +328,33 @@ def give_back() -> None:
     _forget_rows()
 
 
+def _thresholds(mmap: int, trim: int) -> None:
+    """From which size on an array has pages of its own, and from how much free memory goes back."""
+    _glibc("mallopt", M_MMAP_THRESHOLD, mmap)
+    _glibc("mallopt", M_TRIM_THRESHOLD, trim)
+
+
+def _return_freed() -> None:
+    """From here on, what is freed of 4 MB and more goes back to the system at once: the scores of a
+    long prompt, of ever other sizes, would leave holes of 60 MB."""
+    _thresholds(1 << 22, 1 << 23)
+
+
+@contextlib.contextmanager
+def keeping_freed() -> Iterator[None]:
+    """Memory that is freed inside stays with the process, for the next array.
+
+    A training step allocates the same large arrays as the one before it. Handed back and asked for
+    again, each page is cleared by the system when it is first written: a third of a step on two cores.
+    """
+    _thresholds(1 << 30, 1 << 30)
+    try:
+        yield
+    finally:
+        _return_freed()
+        give_back()
+
+
 def _forget_rows() -> None:
     """Drop what was read of embeddings in files; it is read again when it is asked for."""
     for mapped in _IN_FILES if sys.platform == "linux" else ():
@@ -449,10 +477,13 @@ class Decoder(nn.Module):
         hidden = self.hidden(tokens, cache)
         return self.logits(hidden[:, -1:] if last_only else hidden)
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Output head on the states of :meth:`hidden`: ``[B, n, C] -> [B, n, V]``."""
-        h = self._norm(hidden, self.final_norm)
-        return self.head(h).to(self._wide)
+    def logits(self, hidden: Tensor, wide: bool = True) -> Tensor:
+        """Output head on the states of :meth:`hidden`: ``[B, n, C] -> [B, n, V]``.
+
+        Without ``wide`` in the dtype of the product, for a loss that widens them piece by piece.
+        """
+        scores = self.head(self._norm(hidden, self.final_norm))
+        return scores.to(self._wide) if wide else scores
 
     def hidden(self, tokens: Tensor, cache: Any = None, x: Tensor | None = None) -> Tensor:
         """Residual stream after the last layer, before the final norm, ``[B, n, C]``.
@@ -653,10 +684,7 @@ class Decoder(nn.Module):
         for name, weight in self.named_parameters():
             if name.endswith("norm"):
                 weight.data = weight.data.to(self._wide)  # in which a norm multiplies, once for all
-        # From here on, what is freed of 4 MB and more goes back to the system at once: the scores of a
-        # long prompt, of ever other sizes, would leave holes of 60 MB.
-        _glibc("mallopt", M_MMAP_THRESHOLD, 1 << 22)
-        _glibc("mallopt", M_TRIM_THRESHOLD, 1 << 23)
+        _return_freed()
         give_back()
         return self
 

@@ -122,27 +122,51 @@ def drafted_view(
     -------
     Residual stream after the last layer of each step, ``[blocks, length, C]``.
     """
-    if view.budget <= length:
-        raise ValueError(f"budget {view.budget} must be above the block length {length}")
+    return drafted_views(model, tokens, stream, [(view, starts)], length, states, steps)
+
+
+def drafted_views(
+    model: Decoder,
+    tokens: Tensor,
+    stream: Stream,
+    views: Sequence[tuple[View, Sequence[int]]],
+    length: int,
+    states: Tensor | None = None,
+    steps: int = 1,
+) -> list[Tensor]:
+    """:func:`drafted_view` of several views at once, each with its own blocks.
+
+    Everything but attention is one matrix product over the blocks of all views, which a few blocks at a
+    time would leave half idle.
+
+    Returns
+    -------
+    Residual stream after the last layer of each step, ``[blocks of all views, length, C]``.
+    """
     last = tokens.shape[0] - length
-    for start in starts:
-        if not 1 <= start <= last:
-            raise ValueError(f"block start {start} must be in 1..{last}")
+    for view, starts in views:
+        if view.budget <= length:
+            raise ValueError(f"budget {view.budget} must be above the block length {length}")
+        for start in starts:
+            if not 1 <= start <= last:
+                raise ValueError(f"block start {start} must be in 1..{last}")
     if not 1 <= steps <= (length if states is not None else 1):
         raise ValueError(f"steps {steps} must be in 1..{length}, and 1 without states")
     cos, sin = model.rotations(0, tokens.shape[0])
-    at = torch.tensor([list(range(s, s + length)) for s in starts], device=tokens.device)
+    counts = [len(starts) for _, starts in views]
+    at = [list(range(s, s + length)) for _, starts in views for s in starts]
+    at = torch.tensor(at, device=tokens.device)
     cos, sin = cos[at], sin[at]  # [N, length, 1, D]
     blocks = tokens[at]  # [N, length]
     in_place = wanted(tokens.device) and use_triton(
         "auto", "keys", stream.keys[0], model.config.head_dim
     )
-    kept = []  # of each layer: keys and values, and which entries were chosen and are real
+    kept = []  # of each layer and view: keys and values, and which entries were chosen and are real
     for index in range(len(model.layers)):
-        chosen, visible = choose(stream, index, view, starts, length)
-        copied = chosen[..., :0] if in_place else chosen
-        old = [_take(t[index][0], copied) for t in (stream.keys, stream.values)]
-        kept.append([*old, chosen, visible])
+        found = [choose(stream, index, view, starts, length) for view, starts in views]
+        copied = [chosen[..., :0] if in_place else chosen for chosen, _ in found]
+        old = [_take(t[index].squeeze(0), copied) for t in (stream.keys, stream.values)]
+        kept.append([[*of_view] for of_view in zip(*old, *zip(*found, strict=True), strict=True)])
     outputs: list[Tensor] = []
     for step in range(steps):
         if states is None:
@@ -153,16 +177,19 @@ def drafted_view(
         mask = _block_mask(length, step, tokens.device)
         for index, layer in enumerate(model.layers):
             q, k, v = model.project(layer, x, cos, sin)
-            keys, values, chosen, visible = kept[index]
-            keys, values = torch.cat((keys, k.to(q.dtype)), 2), torch.cat((values, v), 2)
-            kept[index][:2] = keys, values
-            if in_place:
-                prefix = stream.keys[index][0], stream.values[index][0]
-                which = chosen, visible.sum(-1)
-                attended = multi_view(q, keys, values, *prefix, *which, check=False)
-            else:
-                attended = _attend(q, keys, values, visible, mask)
-            x = model.finish(layer, x, attended)
+            attended = []
+            parts = zip(*(t.split(counts) for t in (q, k.to(q.dtype), v)), strict=True)
+            for entries, (q, k, v) in zip(kept[index], parts, strict=True):
+                keys, values, chosen, visible = entries
+                keys, values = torch.cat((keys, k), 2), torch.cat((values, v), 2)
+                entries[:2] = keys, values
+                if in_place:
+                    prefix = stream.keys[index][0], stream.values[index][0]
+                    which = chosen, visible.sum(-1)
+                    attended.append(multi_view(q, keys, values, *prefix, *which, check=False))
+                else:
+                    attended.append(_attend(q, keys, values, visible, mask))
+            x = model.finish(layer, x, torch.cat(attended))
         outputs.append(x)
     return outputs
 
@@ -203,13 +230,15 @@ def _observed(policy: Policy, queries: Tensor, start: int) -> tuple[Tensor | Non
     return queries[:, :, positions], positions
 
 
-def _take(entries: Tensor, chosen: Tensor) -> Tensor:
-    """Entries ``[H_kv, T, D]`` at ``chosen`` ``[N, H_kv, S]``: ``[N, H_kv, S, D]``, differentiable."""
+def _take(entries: Tensor, chosen: Sequence[Tensor]) -> list[Tensor]:
+    """Entries ``[H_kv, T, D]`` at each ``[N, H_kv, S]``: as many ``[N, H_kv, S, D]``, differentiable."""
     heads, length, dim = entries.shape
-    offsets = torch.arange(heads, device=chosen.device)[:, None] * length
-    flat = (chosen + offsets).flatten()
+    offsets = torch.arange(heads, device=entries.device)[:, None] * length
+    flat = [(one + offsets).flatten() for one in chosen]
     # One flat index_select: its gradient adds into [H_kv T, D] and not into a copy for every block.
-    return entries.reshape(heads * length, dim).index_select(0, flat).view(*chosen.shape, dim)
+    taken = entries.reshape(heads * length, dim).index_select(0, torch.cat(flat))
+    parts = taken.split([len(one) for one in flat])
+    return [part.view(*one.shape, dim) for part, one in zip(parts, chosen, strict=True)]
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, own: Tensor) -> Tensor:

@@ -85,7 +85,7 @@ def test_multi_view_is_the_trainers_attention(step):
     (q, _, _, prefix_k, prefix_v), chosen, sizes = multi_view_inputs()
     k, v = (normal(3, 2, 5 * (step + 1), 64, seed=s) for s in (5, 6))
     visible = torch.arange(9) < sizes[:, None]
-    old = (training_views._take(prefix, chosen) for prefix in (prefix_k, prefix_v))
+    old = (training_views._take(prefix, [chosen])[0] for prefix in (prefix_k, prefix_v))
     keys, values = (torch.cat(pair, 2) for pair in zip(old, (k, v), strict=True))
     mask = training_views._block_mask(5, step, q.device)
     expected = training_views._attend(q, keys, values, visible, mask)

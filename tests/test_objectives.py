@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
+from bdlib import objectives
 from bdlib.objectives import (
     LOSSES,
     Branch,
     Objective,
     TeacherTarget,
     branch,
+    branches,
     expected_tokens,
     hinge,
 )
@@ -46,6 +48,42 @@ def test_gradients_match_finite_differences(loss):
     probs, ids = torch.softmax(teacher, -1).topk(6, -1)
     target = TeacherTarget(ids, probs)
     assert torch.autograd.gradcheck(lambda z: branch(z, target, loss).loss, logits)
+
+
+@pytest.mark.parametrize("piece", [1, 30, 1 << 18])  # one row at a time, a few, all
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_log_probabilities_in_pieces_are_those_of_log_softmax(dtype, piece, monkeypatch):
+    monkeypatch.setattr(objectives, "PIECE", piece)
+    generator = torch.Generator().manual_seed(4)
+    logits = (4 * torch.randn(7, 13, generator=generator)).to(dtype).requires_grad_()
+    index = torch.stack([torch.randperm(13, generator=generator)[:5] for _ in range(7)])
+    weight = torch.randn(7, 5, generator=generator)
+    found, favourite = objectives.ChosenLogProbs.apply(logits, index)
+    (gradient,) = torch.autograd.grad((found * weight).sum(), logits)
+    exact = logits.detach().double().requires_grad_()
+    expected = torch.log_softmax(exact, -1)
+    (wanted,) = torch.autograd.grad((expected.gather(-1, index) * weight).sum(), exact)
+    assert found.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert gradient.dtype == dtype
+    assert torch.allclose(found.double(), expected.gather(-1, index), atol=1e-5)
+    assert torch.allclose(gradient.double(), wanted, atol=2 * torch.finfo(dtype).eps * 3)
+    assert torch.equal(favourite, exact.argmax(-1))
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_views_at_once_are_views_one_by_one(loss):
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(9, 11, generator=generator, dtype=torch.float64)
+    teacher = TeacherTarget.from_logits(torch.randn(9, 20, generator=generator), 6)
+    rows = torch.where(torch.arange(20) % 2 == 0, torch.arange(20) // 2, -1)  # ten of twenty tokens
+    cuts = [slice(0, 4), slice(4, 5), slice(5, 9)]
+    parts = [TeacherTarget(teacher.ids[cut], teacher.probs[cut]) for cut in cuts]
+    together = branches(logits, parts, loss, rows)
+    for found, part, cut in zip(together, parts, cuts, strict=True):
+        alone = branch(logits[cut], part, loss, rows)
+        assert torch.allclose(found.loss, alone.loss, atol=1e-12)
+        assert torch.allclose(found.kl, alone.kl, atol=1e-12)
+        assert (found.alpha, found.agreement) == pytest.approx((alone.alpha, alone.agreement))
 
 
 def test_the_hybrids_weight_carries_no_gradient():

@@ -358,7 +358,7 @@ def test_processes_can_share_a_recipes_targets(place, pair, tmp_path):
 def test_the_figures_along_a_text_are_those_of_training(rows):
     """Agreement and alpha of every draft step, computed in another and quicker way."""
     from bdlib.objectives import TeacherTarget
-    from bdlib.training import branch_of_blocks
+    from bdlib.training import branches_of_blocks
 
     target = tiny.model(seed=3, dtype=torch.float32, vocab_size=WORDS)
     drafter = models.conditioned_on(target, (0, 1), rows)
@@ -366,7 +366,7 @@ def test_the_figures_along_a_text_are_those_of_training(rows):
     steps = [torch.randn(2, 12, target.config.hidden_size) for _ in range(3)]
     teach = TeacherTarget.from_logits(logits)
     with torch.no_grad():
-        wanted = branch_of_blocks(drafter, steps, teach, [40, 52], 64, "tv")
+        (wanted,) = branches_of_blocks(drafter, steps, teach, [[40, 52]], 64, "tv")
         probs = torch.softmax(logits, -1)
         scored = probs if rows is None else probs[:, rows]
         found = list(forced._compared(drafter, steps, scored, probs.argmax(-1)))

@@ -6,6 +6,8 @@ of order 1; TOLERANCE leaves a factor of ten.
 """
 
 import json
+import platform
+import subprocess
 import sys
 
 import pytest
@@ -466,3 +468,36 @@ def test_a_damaged_folder_is_one_clear_error(folder, tmp_path, what):
     message = damage(place, what)
     with pytest.raises(ValueError, match=message):
         Decoder.load(place)
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux" or "glibc" not in platform.libc_ver()[0], reason="glibc's allocator"
+)
+def test_freed_memory_stays_with_the_process_in_training_and_goes_back_after():
+    code = """
+import os, resource, torch
+from bdlib.transformer import keeping_freed
+
+def faults(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(count):
+        torch.ones(1 << 22)  # 16 MB, 4,096 pages
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
+
+faults(1)
+start = resident()
+with keeping_freed():
+    faults(1)
+    print(faults(20), resident() - start)
+print(faults(20), resident() - start)
+"""
+    lines = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    (kept, held), (returned, left) = (map(int, line.split()) for line in lines)
+    assert held >= 15  # MB
+    assert left < 8
+    assert returned > 4 * kept + 20  # kept: the same pages twenty times, cleared once

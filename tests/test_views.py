@@ -6,7 +6,7 @@ import torch
 from bdlib.cache import KVCache, SparseKVCache
 from bdlib.selection import make_policy
 from bdlib.transformer import Decoder, DecoderConfig
-from bdlib.views import View, full_stream, sparse_view
+from bdlib.views import View, drafted_views, full_stream, sparse_view
 
 CONFIG = DecoderConfig(
     vocab_size=53,
@@ -64,6 +64,19 @@ def test_blocks_do_not_see_each_other(model):
     for i, start in enumerate((20, 64, 117)):
         alone = sparse_view(model, TOKENS, stream, view, [start], 16)[0]
         assert torch.allclose(together[i], alone, atol=1e-12)
+
+
+def test_views_at_once_are_views_one_by_one(model):
+    stream = full_stream(model, TOKENS)
+    budgets, starts = (24, 64, 40), ([20, 64, 117], [5], [64, 100])
+    views = [View(budget, make_policy("chunk_topk_recent")) for budget in budgets]
+    (together,) = drafted_views(
+        model, TOKENS, stream, list(zip(views, starts, strict=True)), length=16
+    )
+    parts = together.split([len(blocks) for blocks in starts])
+    for found, view, blocks in zip(parts, views, starts, strict=True):
+        alone = sparse_view(model, TOKENS, stream, view, blocks, 16)
+        assert torch.allclose(found, alone, atol=1e-12)
 
 
 def test_a_full_budget_is_the_full_stream(model):

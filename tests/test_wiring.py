@@ -387,7 +387,7 @@ def test_training_stays_on_its_device(monkeypatch, mode):
     )
     tokens = torch.zeros(60, dtype=torch.int64, device="meta")
     teacher = TeacherTarget(tokens[:, None].expand(-1, 9), torch.zeros(60, 9, device="meta"))
-    monkeypatch.setattr("bdlib.training.branch", on_meta)
+    monkeypatch.setattr("bdlib.training.branches", on_meta)
     settings = TrainSettings(
         budgets=BudgetSampler({20: 1.0}),
         policies=("chunk_topk", "chunk_topk_recent", "sink_window", "random"),
@@ -403,11 +403,16 @@ def test_training_stays_on_its_device(monkeypatch, mode):
     assert loss.device.type == drafter.final_norm.grad.device.type == "meta"
 
 
-def on_meta(logits, target, loss, rows):
-    """A loss in place of the library's, whose figures are numbers."""
+def on_meta(logits, targets, loss, rows):
+    """Losses in place of the library's, whose figures are numbers."""
     assert rows.device == logits.device
-    chosen = logits.log_softmax(-1).gather(-1, rows[target.ids])
-    return objectives.Branch(-(target.probs * chosen).mean(), 0.0, 0.0, chosen.sum(-1))
+    result = []
+    parts = logits.split([len(target.ids) for target in targets])
+    for part, target in zip(parts, targets, strict=True):
+        chosen = part.log_softmax(-1).gather(-1, rows[target.ids])
+        value = -(target.probs * chosen).mean()
+        result.append(objectives.Branch(value, 0.0, 0.0, chosen.sum(-1)))
+    return result
 
 
 @outside
