@@ -411,7 +411,9 @@ def sweep(
 def figure(
     name: Annotated[
         str,
-        typer.Argument(help="headline, acceptance, transfer, robustness, refresh or controller."),
+        typer.Argument(
+            help="headline, acceptance, transfer, robustness, refresh, controller or speed."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option(help="PNG, or a folder of them; beside the results if unset.")
@@ -429,6 +431,7 @@ def figure(
         "robustness": ("robustness",),
         "refresh": ("refresh",),
         "controller": ("controller", "predicted"),
+        "speed": ("speed",),
     }
     names = ("headline", "acceptance", *swept)
     if name not in names:

@@ -878,6 +878,92 @@ def two_levels() -> tuple[Figure, Axes]:
     return fig, ax
 
 
+# -------------------------------------------------------------------- speed: fixed choices
+
+
+def speed(
+    records: Sequence[Mapping[str, Any]],
+    about: Mapping[str, Any],
+    drafter: str = "budgetdraft-feature-gpu",
+) -> tuple[Figure, Sequence[Axes]]:
+    """Speed-up over plain decoding against draft length, budget, context and policy.
+
+    A faint mark is a document, a line goes through their medians. Outputs that loop are a line of
+    their own, whatever was asked for.
+    """
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(2, 2, figsize=(11, 8.4))
+    shared = {"policy": "chunk_topk_recent", "budget": 256}
+    # Answers are greedy: every choice decodes the same text, and what differs is the choice.
+    answers = [r for r in records if r["regime"] == "chat" and not r["looping"]]
+
+    def of(found: Iterable[Mapping[str, Any]], **wanted: Any) -> list[Mapping[str, Any]]:
+        return [r for r in found if all(r[name] == value for name, value in wanted.items())]
+
+    def at_context(r: Mapping[str, Any]) -> str:
+        return f"{r['context']:,} tokens"
+
+    def varied(name: str, **wanted: Any) -> list[Mapping[str, Any]]:
+        """The records of the drafters, contexts and texts that were measured at most values."""
+        groups: dict[tuple, list[Mapping[str, Any]]] = {}
+        for r in of(answers, **wanted):
+            groups.setdefault((r["drafter"], r["context"], r["text"]), []).append(r)
+        counts = {key: len({r[name] for r in own}) for key, own in groups.items()}
+        return [
+            r for key, own in groups.items() if counts[key] == max(counts.values()) for r in own
+        ]
+
+    lengths = varied("gamma", **shared)
+    at_three = {"drafter": drafter, "gamma": 3}
+    everywhere = [
+        r
+        for r in of(records, drafter="ngram") + of(records, **at_three, **shared)
+        if r["regime"] != "greedy" or r["looping"]
+    ]
+    panels = (
+        ("gamma", "draft length gamma (tokens)", lengths, lambda r: f"{r['drafter']}, {at_context(r)}"),
+        ("budget", "budget (entries)", varied("budget", **at_three, policy="chunk_topk_recent")
+         + of(varied("budget", **at_three), policy="full"), at_context),
+        ("context", "context (tokens)", everywhere,
+         lambda r: f"{r['drafter']}, {'loops' if r['looping'] else r['regime']}"),
+        ("policy", "policy", varied("policy", **at_three, budget=256), at_context),
+    )  # fmt: skip
+    for ax, (across, title, found, name) in zip(axes.flat, panels, strict=True):
+        values = sorted({r[across] for r in found}, key=lambda v: (v is None, v))
+        keys = [(r["drafter"], r["looping"], r["regime"], r["context"], name(r)) for r in found]
+        for i, series in enumerate(dict.fromkeys(key[-1] for key in sorted(keys))):
+            own = [[r for r in found if name(r) == series and r[across] == v] for v in values]
+            style = {"color": CYCLE[i], "marker": MARKERS[i]}
+            shift = 0.08 * (i - 1)
+            for x, rows in enumerate(own):
+                each = [r["speedup_decode"] for r in rows]
+                ax.plot([x + shift] * len(each), each, ls="none", alpha=0.3, ms=4, **style)
+            line = [(x + shift, median(r["speedup_decode"] for r in rows))
+                    for x, rows in enumerate(own) if rows]  # fmt: skip
+            joined = {"ls": "none"} if across == "policy" else {}
+            ax.plot(*zip(*line, strict=True), label=series, **style, **joined)
+        ax.axhline(1, color="black", ls="--", lw=1)
+        small = {"fontsize": 9} if across == "policy" else {}
+        ax.set_xticks(range(len(values)), [_tick(across, v) for v in values], **small)
+        ax.set(xlabel=title, ylabel="speed-up over plain decoding")
+        ax.set_ylim(0, 1.3 * ax.get_ylim()[1])  # room for the legend
+        ax.legend(loc="upper left", fontsize=8, ncols=2)
+    words = [f"{', '.join(sorted({r['text'] for r in lengths}))}, budget 256"]
+    words += [f"gamma 3, {', '.join(sorted({r['text'] for r in panels[1][2]}))}"]
+    axes[0, 0].set_title(f"chat, {words[0]}", fontsize=10)
+    axes[0, 1].set_title(f"chat, {words[1]}", fontsize=10)
+    axes[1, 0].set_title("budget 256, gamma 3 (lookup 4), all texts", fontsize=10)
+    axes[1, 1].set_title(f"chat, {words[1]}, budget 256", fontsize=10)
+    caption(
+        fig,
+        "SmolLM2-135M, decoding alone; sampling at temperature 0.7, all else greedy;"
+        f" {len(records)} outputs of {about['grid']['new_tokens']} tokens,\n"
+        f"faint marks: documents, lines: medians; {about['threads'][0]} threads. {origin(about)}",
+    )
+    return fig, list(axes.flat)
+
+
 # -------------------------------------------------------------------- speed: the controller
 
 
@@ -905,7 +991,8 @@ def controller(
                 middle = x + 0.4 * (i - (len(policies) - 1) / 2)
                 for looping in (False, True):
                     own = sorted(r["speedup_decode"] for r in found if r["looping"] == looping)
-                    spread = [middle + 0.03 * (n - len(own) / 2) for n in range(len(own))]
+                    gap = min(0.03, 0.3 / max(1, len(own)))
+                    spread = [middle + gap * (n - len(own) / 2) for n in range(len(own))]
                     style = {"color": CYCLE[i], "mfc": "none" if looping else CYCLE[i], "ms": 6}
                     ax.plot(spread, own, MARKERS[i], label="" if looping else policy, **style)
                 straight = [r["speedup_decode"] for r in found if not r["looping"]]
@@ -927,11 +1014,11 @@ def controller(
 
 
 def predictions(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Speed-ups between the shortest and the longest draft of a window, from these two alone.
+    """The speed-up of a draft length on a window, from the next shorter and the next longer one.
 
-    Acceptance by position and the costs of a round come from the runs with the shortest and the
-    longest draft, costs between them on a straight line; :func:`bdlib.controllers.predict` says what
-    the draft lengths in between should give. Windows with fewer than three draft lengths are left out.
+    Acceptance by position and the costs of a round come from those two runs alone, costs between them
+    on a straight line; :func:`bdlib.controllers.predict` says what the draft length in between should
+    give. Windows with fewer than three draft lengths are left out.
 
     Parameters
     ----------
@@ -953,28 +1040,28 @@ def predictions(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
             groups.setdefault(key, {})[r["gamma"]] = r
     out = []
     for runs in groups.values():
-        ends = [runs[min(runs)], runs[max(runs)]]
-        draft, verify = (
-            {r["gamma"] + more: r[f"{phase}_seconds"] / r["rounds"] for r in ends}
-            for phase, more in (("draft", 0), ("verify", 1))
-        )
-        costs = Costs(
-            fmean(1 / r["ar_tokens_per_second"] for r in ends),
-            draft,
-            verify,
-            fmean(r["select_seconds"] / r["rounds"] for r in ends),
-        )
-        tried, hit = [0.0] * max(runs), [0.0] * max(runs)
-        for r in ends:
-            reached = float(r["rounds"])
-            for i, share in enumerate(r["by_position"]):
-                tried[i] += reached
-                reached *= share
-                hit[i] += reached
-        alphas = [h / t if t else 0.0 for h, t in zip(hit, tried, strict=True)]
-        for gamma in sorted(runs)[1:-1]:
-            predicted = predict(alphas, gamma, costs).speedup
-            out.append({**runs[gamma], "predicted": predicted})
+        lengths = sorted(runs)
+        for shorter, gamma, longer in zip(lengths, lengths[1:], lengths[2:], strict=False):
+            ends = runs[shorter], runs[longer]
+            draft, verify = (
+                {r["gamma"] + more: r[f"{phase}_seconds"] / r["rounds"] for r in ends}
+                for phase, more in (("draft", 0), ("verify", 1))
+            )
+            costs = Costs(
+                fmean(1 / r["ar_tokens_per_second"] for r in ends),
+                draft,
+                verify,
+                fmean(r["select_seconds"] / r["rounds"] for r in ends),
+            )
+            tried, hit = [0.0] * longer, [0.0] * longer
+            for r in ends:
+                reached = float(r["rounds"])
+                for i, share in enumerate(r["by_position"]):
+                    tried[i] += reached
+                    reached *= share
+                    hit[i] += reached
+            alphas = [h / t if t else 0.0 for h, t in zip(hit, tried, strict=True)]
+            out.append({**runs[gamma], "predicted": predict(alphas, gamma, costs).speedup})
     return out
 
 
@@ -1005,7 +1092,7 @@ def predicted(
     gammas = ", ".join(map(str, sorted({r["gamma"] for r in rows})))
     caption(
         fig,
-        f"{rows[0]['drafter']}, gamma {gammas} predicted from a shorter and a longer draft on the same"
-        f" prompt;\nn = {len(rows)}. {origin(about)}",
+        f"{rows[0]['drafter']}, gamma {gammas} predicted from the next shorter\n"
+        f"and the next longer draft on the same prompt; n = {len(rows)}.\n{origin(about)}",
     )
     return fig, ax

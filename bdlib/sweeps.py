@@ -370,7 +370,7 @@ class Plan:
 
     @property
     def cells(self) -> int:
-        return sum(len(job.cells) for job in self.jobs)
+        return len({key for job in self.jobs for key, *_ in job.cells})
 
 
 class _Remembering:
@@ -930,16 +930,17 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _collect(planned: Plan, out: Path, command: str) -> list[dict[str, Any]]:
     """Write both tables of what is there, in the order of the grid."""
     order = {point: number for number, point in enumerate(planned.grid.points)}
-    found = []
+    found: dict[str, tuple[int, int, dict[str, Any]]] = {}
     for job in planned.jobs:
         for key, point, _ in job.cells:
+            if key in found and found[key][2]["point"]["samples"] >= point.samples:
+                continue  # two tables of the grid name it: one row, where more windows are asked for
             record = _read_cell(out / "cells" / f"{key}.json")
             if record is not None:
                 # It may have been measured when fewer windows were asked for.
                 record["point"] = asdict(point)
-                found.append((order[point], job.sample, record))
-    found.sort(key=lambda one: one[:2])
-    records = [record for *_, record in found]
+                found[key] = order[point], job.sample, record
+    records = [record for *_, record in sorted(found.values(), key=lambda one: one[:2])]
     tables = {"results": summarise(records), "records": [_flat(r) for r in records]}
     about = _sidecar(planned, records, command)
     for name, rows in tables.items():

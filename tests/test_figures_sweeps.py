@@ -214,3 +214,38 @@ def test_the_controllers_figures_are_drawn():
     assert 1.2 not in drawn
     ax = figures.predicted(runs, about)[1]
     assert "off by" in ax.get_legend().get_texts()[0].get_text()
+
+
+def test_speed_is_drawn_against_each_axis_and_loops_apart():
+    """Every kind of point has a speed of its own, so that each can be looked for in its panel."""
+    default, at_four = "chunk_topk_recent", {"context": 4096}
+    lengths = [decoded(g, 1 + g / 100, regime="chat") for g in (1, 2, 3, 8)]
+    budgets = [
+        decoded(
+            3,
+            speed,
+            regime="chat",
+            text="narrative",
+            budget=budget,
+            policy="full" if budget is None else default,
+        )
+        for speed, budget in ((1.11, 128), (1.12, 256), (1.13, None))
+    ]
+    policies = [decoded(3, 1.21, regime="chat", text="narrative", policy="sink_window")]
+    others = [
+        decoded(3, 1.31, context=16384),
+        decoded(3, 1.32, regime="chat", looping=True, **at_four),
+        decoded(4, 1.33, regime="greedy", looping=True, drafter="ngram", policy=None, budget=None),
+        decoded(4, 1.34, regime="greedy", drafter="ngram", policy=None, budget=None),
+    ]  # fmt: skip
+    about = ABOUT | {"threads": [2], "grid": {"new_tokens": 64}}
+    runs = [*lengths, *budgets, *policies, *others]
+    axes = figures.speed(runs, about, drafter="d")[1]
+    drawn = [{float(y) for line in ax.get_lines() for y in line.get_ydata()} for ax in axes]
+    assert drawn[0] == {1, 1.01, 1.02, 1.03, 1.08}  # and the dashed line
+    assert drawn[1] == {1, 1.11, 1.12, 1.13}
+    assert {1.31, 1.32, 1.33} < drawn[2]
+    assert 1.34 not in drawn[2]  # greedy text that does not loop is in no series
+    assert drawn[3] == {1, 1.12, 1.21}
+    names = {text.get_text() for text in axes[2].get_legend().get_texts()}
+    assert names == {"d, sampling", "d, chat", "d, loops", "ngram, loops"}

@@ -446,6 +446,14 @@ def test_only_what_is_missing_or_changed_is_measured(place, tmp_path, monkeypatc
         sweeps.run(asked, out, progress=False)
 
 
+def test_a_cell_that_two_tables_name_is_one_row(place, tmp_path):
+    table = SMALL[0] | {"budget": [16, 24]}
+    for tables in ([table, table | {"samples": 1}], [table | {"samples": 1}, table]):
+        rows = sweeps.run(grid(place, grid=tables), tmp_path, progress=False)
+        assert [(r["budget"], r["windows"]) for r in rows] == [(16, 2), (24, 2)]
+        assert len(sweeps.load(tmp_path / "records.csv")) == 4
+
+
 KILLED = """
 import os, signal, sys
 from bdlib import measure, sweeps
