@@ -582,7 +582,7 @@ def _views_ways(shape, context: int, n: int, dtype, sizes: Sizes, seed: int) -> 
 
     def gathered() -> Tensor:
         pairs = ((old_k, k), (old_v, v))
-        both = [torch.cat((views._take(old, chosen), own), 2) for old, own in pairs]
+        both = [torch.cat((*views._take(old, [chosen]), own), 2) for old, own in pairs]
         return views._attend(q, *both, real, causal)
 
     options = {"check": False, "backend": "triton"}
