@@ -386,7 +386,7 @@ def sweep(
         planned = sweeps.plan(asked)
         typer.echo(
             f"{grid.name}: {len(asked.points)} points on {len(planned.jobs)} windows,"
-            f" {planned.cells} cells"
+            f" {len(planned.cells)} cells"
         )
         return
     if out is None:

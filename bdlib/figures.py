@@ -9,7 +9,7 @@ the same in JupyterLab's light and dark themes.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
@@ -606,13 +606,18 @@ def origin(about: Mapping[str, Any]) -> str:
     return f"{', '.join(about['dtype'])}, {machines}, seed {seeds}, commit {', '.join(about['commit'])}."
 
 
+def _where(records: Iterable[Mapping[str, Any]], **wanted: Any) -> list[Mapping[str, Any]]:
+    """The rows with these values."""
+    return [r for r in records if all(r[name] == value for name, value in wanted.items())]
+
+
 def by_document(
     records: Iterable[Mapping[str, Any]], name: str, **where: Any
 ) -> dict[tuple[str, str], float]:
     """A column's mean in each document, over the rows with these values."""
     found: dict[tuple[str, str], list[float]] = {}
-    for r in records:
-        if r[name] is not None and all(r[column] == value for column, value in where.items()):
+    for r in _where(records, **where):
+        if r[name] is not None:
             found.setdefault((r["text"], r["document"]), []).append(r[name])
     return {document: fmean(values) for document, values in found.items()}
 
@@ -895,66 +900,47 @@ def speed(
 
     fig, axes = plt.subplots(2, 2, figsize=(11, 8.4))
     shared = {"policy": "chunk_topk_recent", "budget": 256}
+    at_three = {"drafter": drafter, "gamma": 3}
     # Answers are greedy: every choice decodes the same text, and what differs is the choice.
-    answers = [r for r in records if r["regime"] == "chat" and not r["looping"]]
-
-    def of(found: Iterable[Mapping[str, Any]], **wanted: Any) -> list[Mapping[str, Any]]:
-        return [r for r in found if all(r[name] == value for name, value in wanted.items())]
+    answers = _where(records, regime="chat", looping=False)
+    own = _where(answers, **at_three)
+    lengths = _most_varied("gamma", _where(answers, **shared))
+    budgets = _most_varied("budget", _where(own, policy="chunk_topk_recent"))
+    budgets += _most_varied("budget", _where(own, policy="full"))
+    everywhere = [
+        r
+        for r in _where(records, drafter="ngram") + _where(records, **at_three, **shared)
+        if r["regime"] != "greedy" or r["looping"]
+    ]
+    policies = _most_varied("policy", _where(own, budget=256))
 
     def at_context(r: Mapping[str, Any]) -> str:
         return f"{r['context']:,} tokens"
 
-    def varied(name: str, **wanted: Any) -> list[Mapping[str, Any]]:
-        """The records of the drafters, contexts and texts that were measured at most values."""
-        groups: dict[tuple, list[Mapping[str, Any]]] = {}
-        for r in of(answers, **wanted):
-            groups.setdefault((r["drafter"], r["context"], r["text"]), []).append(r)
-        counts = {key: len({r[name] for r in own}) for key, own in groups.items()}
-        return [
-            r for key, own in groups.items() if counts[key] == max(counts.values()) for r in own
-        ]
+    def lines_of(r: Mapping[str, Any]) -> str:
+        return f"{r['drafter']}, {at_context(r)}"
 
-    lengths = varied("gamma", **shared)
-    at_three = {"drafter": drafter, "gamma": 3}
-    everywhere = [
-        r
-        for r in of(records, drafter="ngram") + of(records, **at_three, **shared)
-        if r["regime"] != "greedy" or r["looping"]
-    ]
-    panels = (
-        ("gamma", "draft length gamma (tokens)", lengths, lambda r: f"{r['drafter']}, {at_context(r)}"),
-        ("budget", "budget (entries)", varied("budget", **at_three, policy="chunk_topk_recent")
-         + of(varied("budget", **at_three), policy="full"), at_context),
-        ("context", "context (tokens)", everywhere,
-         lambda r: f"{r['drafter']}, {'loops' if r['looping'] else r['regime']}"),
-        ("policy", "policy", varied("policy", **at_three, budget=256), at_context),
-    )  # fmt: skip
-    for ax, (across, title, found, name) in zip(axes.flat, panels, strict=True):
-        values = sorted({r[across] for r in found}, key=lambda v: (v is None, v))
-        keys = [(r["drafter"], r["looping"], r["regime"], r["context"], name(r)) for r in found]
-        for i, series in enumerate(dict.fromkeys(key[-1] for key in sorted(keys))):
-            own = [[r for r in found if name(r) == series and r[across] == v] for v in values]
-            style = {"color": CYCLE[i], "marker": MARKERS[i]}
-            shift = 0.08 * (i - 1)
-            for x, rows in enumerate(own):
-                each = [r["speedup_decode"] for r in rows]
-                ax.plot([x + shift] * len(each), each, ls="none", alpha=0.3, ms=4, **style)
-            line = [(x + shift, median(r["speedup_decode"] for r in rows))
-                    for x, rows in enumerate(own) if rows]  # fmt: skip
-            joined = {"ls": "none"} if across == "policy" else {}
-            ax.plot(*zip(*line, strict=True), label=series, **style, **joined)
-        ax.axhline(1, color="black", ls="--", lw=1)
-        small = {"fontsize": 9} if across == "policy" else {}
-        ax.set_xticks(range(len(values)), [_tick(across, v) for v in values], **small)
-        ax.set(xlabel=title, ylabel="speed-up over plain decoding")
-        ax.set_ylim(0, 1.3 * ax.get_ylim()[1])  # room for the legend
-        ax.legend(loc="upper left", fontsize=8, ncols=2)
-    words = [f"{', '.join(sorted({r['text'] for r in lengths}))}, budget 256"]
-    words += [f"gamma 3, {', '.join(sorted({r['text'] for r in panels[1][2]}))}"]
-    axes[0, 0].set_title(f"chat, {words[0]}", fontsize=10)
-    axes[0, 1].set_title(f"chat, {words[1]}", fontsize=10)
-    axes[1, 0].set_title("budget 256, gamma 3 (lookup 4), all texts", fontsize=10)
-    axes[1, 1].set_title(f"chat, {words[1]}, budget 256", fontsize=10)
+    def asked(r: Mapping[str, Any]) -> str:
+        return f"{r['drafter']}, {'loops' if r['looping'] else r['regime']}"
+
+    texts, at = (", ".join(sorted({r["text"] for r in rows})) for rows in (lengths, budgets))
+    for ax, across, label, rows, series_of, title in zip(
+        axes.flat,
+        ("gamma", "budget", "context", "policy"),
+        ("draft length gamma (tokens)", "budget (entries)", "context (tokens)", "policy"),
+        (lengths, budgets, everywhere, policies),
+        (lines_of, at_context, asked, at_context),
+        (
+            f"chat, {texts}, budget 256",
+            f"chat, gamma 3, {at}",
+            "budget 256, gamma 3 (lookup 4), all texts",
+            f"chat, gamma 3, {at}, budget 256",
+        ),
+        strict=True,
+    ):
+        _speeds(ax, across, rows, series_of)
+        ax.set(xlabel=label, ylabel="speed-up over plain decoding")
+        ax.set_title(title, fontsize=10)
     caption(
         fig,
         "SmolLM2-135M, decoding alone; sampling at temperature 0.7, all else greedy;"
@@ -962,6 +948,46 @@ def speed(
         f"faint marks: documents, lines: medians; {about['threads'][0]} threads. {origin(about)}",
     )
     return fig, list(axes.flat)
+
+
+def _most_varied(name: str, records: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows of the drafters, contexts and texts that were measured at most values of a column."""
+    groups: dict[tuple, list[Mapping[str, Any]]] = {}
+    for r in records:
+        groups.setdefault((r["drafter"], r["context"], r["text"]), []).append(r)
+    counts = {key: len({r[name] for r in own}) for key, own in groups.items()}
+    most = max(counts.values(), default=0)
+    return [r for key, own in groups.items() if counts[key] == most for r in own]
+
+
+def _speeds(
+    ax: Axes,
+    across: str,
+    records: Sequence[Mapping[str, Any]],
+    series_of: Callable[[Mapping[str, Any]], str],
+) -> None:
+    """Speed-ups against a column: a line through the medians of each series, a mark a document."""
+    values = sorted({r[across] for r in records}, key=lambda v: (v is None, v))
+    order = sorted(
+        (r["drafter"], r["looping"], r["regime"], r["context"], series_of(r)) for r in records
+    )
+    for i, series in enumerate(dict.fromkeys(key[-1] for key in order)):
+        style = {"color": CYCLE[i], "marker": MARKERS[i]}
+        own = [r for r in records if series_of(r) == series]
+        places, medians = [], []
+        for x, value in enumerate(values):
+            each = [r["speedup_decode"] for r in _where(own, **{across: value})]
+            if each:
+                places.append(x + 0.08 * (i - 1))
+                medians.append(median(each))
+                ax.plot(places[-1:] * len(each), each, ls="none", alpha=0.3, ms=4, **style)
+        joined = {"ls": "none"} if across == "policy" else {}
+        ax.plot(places, medians, label=series, **style, **joined)
+    ax.axhline(1, color="black", ls="--", lw=1)
+    small = {"fontsize": 9} if across == "policy" else {}
+    ax.set_xticks(range(len(values)), [_tick(across, v) for v in values], **small)
+    ax.set_ylim(0, 1.3 * ax.get_ylim()[1])  # room for the legend
+    ax.legend(loc="upper left", fontsize=8, ncols=2)
 
 
 # -------------------------------------------------------------------- speed: the controller
@@ -986,8 +1012,7 @@ def controller(
     for ax, regime in zip(axes[0], regimes, strict=True):
         for i, policy in enumerate(policies):
             for x, context in enumerate(contexts):
-                here = {"regime": regime, "policy": policy, "context": context}
-                found = [r for r in steered if all(r[k] == v for k, v in here.items())]
+                found = _where(steered, regime=regime, policy=policy, context=context)
                 middle = x + 0.4 * (i - (len(policies) - 1) / 2)
                 for looping in (False, True):
                     own = sorted(r["speedup_decode"] for r in found if r["looping"] == looping)
@@ -1030,8 +1055,6 @@ def predictions(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     list
         The row of each run in between, with ``predicted`` beside its ``speedup_decode``.
     """
-    from bdlib.controllers import Costs, predict
-
     axes = ("regime", "drafter", "policy", "budget", "context", "text", "temperature", "refresh")
     groups: dict[tuple, dict[int, Mapping[str, Any]]] = {}
     for r in records:
@@ -1042,27 +1065,35 @@ def predictions(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for runs in groups.values():
         lengths = sorted(runs)
         for shorter, gamma, longer in zip(lengths, lengths[1:], lengths[2:], strict=False):
-            ends = runs[shorter], runs[longer]
-            draft, verify = (
-                {r["gamma"] + more: r[f"{phase}_seconds"] / r["rounds"] for r in ends}
-                for phase, more in (("draft", 0), ("verify", 1))
-            )
-            costs = Costs(
-                fmean(1 / r["ar_tokens_per_second"] for r in ends),
-                draft,
-                verify,
-                fmean(r["select_seconds"] / r["rounds"] for r in ends),
-            )
-            tried, hit = [0.0] * longer, [0.0] * longer
-            for r in ends:
-                reached = float(r["rounds"])
-                for i, share in enumerate(r["by_position"]):
-                    tried[i] += reached
-                    reached *= share
-                    hit[i] += reached
-            alphas = [h / t if t else 0.0 for h, t in zip(hit, tried, strict=True)]
-            out.append({**runs[gamma], "predicted": predict(alphas, gamma, costs).speedup})
+            said = _predicted_between(gamma, (runs[shorter], runs[longer]))
+            out.append({**runs[gamma], "predicted": said})
     return out
+
+
+def _predicted_between(gamma: int, ends: Sequence[Mapping[str, Any]]) -> float:
+    """The speed-up that a shorter and a longer draft let expect."""
+    from bdlib.controllers import Costs, predict
+
+    draft, verify = (
+        {r["gamma"] + more: r[f"{phase}_seconds"] / r["rounds"] for r in ends}
+        for phase, more in (("draft", 0), ("verify", 1))
+    )
+    costs = Costs(
+        fmean(1 / r["ar_tokens_per_second"] for r in ends),
+        draft,
+        verify,
+        fmean(r["select_seconds"] / r["rounds"] for r in ends),
+    )
+    longest = max(r["gamma"] for r in ends)
+    tried, hit = [0.0] * longest, [0.0] * longest
+    for r in ends:
+        reached = float(r["rounds"])
+        for i, share in enumerate(r["by_position"]):
+            tried[i] += reached
+            reached *= share
+            hit[i] += reached
+    alphas = [h / t if t else 0.0 for h, t in zip(hit, tried, strict=True)]
+    return predict(alphas, gamma, costs).speedup
 
 
 def predicted(

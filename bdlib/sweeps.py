@@ -369,8 +369,9 @@ class Plan:
     texts: dict[str, int]
 
     @property
-    def cells(self) -> int:
-        return len({key for job in self.jobs for key, *_ in job.cells})
+    def cells(self) -> set[str]:
+        """The names of all cells; a cell that two tables of the grid name is one."""
+        return {key for job in self.jobs for key, *_ in job.cells}
 
 
 class _Remembering:
@@ -732,7 +733,7 @@ def _carry_out(planned: Plan, cells: Path, executor: Executor | None, progress: 
     from tqdm import tqdm
 
     there = {key for key in _done(cells) if _read_cell(cells / f"{key}.json") is not None}
-    names = {key for job in planned.jobs for key, *_ in job.cells}
+    names = planned.cells
     left = [(job, [k for k, *_ in job.cells if k not in there]) for job in planned.jobs]
     left = [(job, keys) for job, keys in left if keys]
     with tqdm(
@@ -965,7 +966,7 @@ def _sidecar(planned: Plan, records: Sequence[Mapping[str, Any]], command: str) 
         "grid": {**grid.document, **place, "grid": named},
         "drafters": {_label(name): digest for name, digest in planned.drafters.items()},
         "texts": {_label(name): count for name, count in planned.texts.items()},
-        "cells": planned.cells,
+        "cells": len(planned.cells),
         "measured": len(records),
         "seeds": sorted({p.seed for p in grid.points}),
         **{

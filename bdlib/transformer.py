@@ -328,16 +328,17 @@ def give_back() -> None:
     _forget_rows()
 
 
-def _thresholds(mmap: int, trim: int) -> None:
+def _thresholds(pages: int, trim: int) -> None:
     """From which size on an array has pages of its own, and from how much free memory goes back."""
-    _glibc("mallopt", M_MMAP_THRESHOLD, mmap)
+    _glibc("mallopt", M_MMAP_THRESHOLD, pages)
     _glibc("mallopt", M_TRIM_THRESHOLD, trim)
 
 
 def _return_freed() -> None:
-    """From here on, what is freed of 4 MB and more goes back to the system at once: the scores of a
-    long prompt, of ever other sizes, would leave holes of 60 MB."""
+    """What is free goes back to the system, and from here on what is freed of 4 MB and more does at
+    once: the scores of a long prompt, of ever other sizes, would leave holes of 60 MB."""
     _thresholds(1 << 22, 1 << 23)
+    give_back()
 
 
 @contextlib.contextmanager
@@ -352,7 +353,6 @@ def keeping_freed() -> Iterator[None]:
         yield
     finally:
         _return_freed()
-        give_back()
 
 
 def _forget_rows() -> None:
@@ -685,7 +685,6 @@ class Decoder(nn.Module):
             if name.endswith("norm"):
                 weight.data = weight.data.to(self._wide)  # in which a norm multiplies, once for all
         _return_freed()
-        give_back()
         return self
 
     def save(self, folder: str | Path) -> None:

@@ -218,7 +218,7 @@ def test_the_controllers_figures_are_drawn():
 
 def test_speed_is_drawn_against_each_axis_and_loops_apart():
     """Every kind of point has a speed of its own, so that each can be looked for in its panel."""
-    default, at_four = "chunk_topk_recent", {"context": 4096}
+    default = "chunk_topk_recent"
     lengths = [decoded(g, 1 + g / 100, regime="chat") for g in (1, 2, 3, 8)]
     budgets = [
         decoded(
@@ -234,7 +234,7 @@ def test_speed_is_drawn_against_each_axis_and_loops_apart():
     policies = [decoded(3, 1.21, regime="chat", text="narrative", policy="sink_window")]
     others = [
         decoded(3, 1.31, context=16384),
-        decoded(3, 1.32, regime="chat", looping=True, **at_four),
+        decoded(3, 1.32, regime="chat", looping=True),
         decoded(4, 1.33, regime="greedy", looping=True, drafter="ngram", policy=None, budget=None),
         decoded(4, 1.34, regime="greedy", drafter="ngram", policy=None, budget=None),
     ]  # fmt: skip
