@@ -570,7 +570,8 @@ def baselines(
         str, typer.Option(help="A file or folder of text, or embedded:train|held-out|all.")
     ] = "embedded:held-out",
     methods: Annotated[
-        str, typer.Option(help="Names with commas between, NAME:GAMMA too; all if unset.")
+        str,
+        typer.Option(help="Names with commas between, NAME:GAMMA and NAME:auto too; all if unset."),
     ] = "",
     regime: Annotated[str, typer.Option(help="greedy, sampling or chat.")] = "chat",
     context: Annotated[int, typer.Option(help="Tokens of prompt and output together.")] = 2048,

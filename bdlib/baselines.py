@@ -31,6 +31,7 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bdlib import measure
+from bdlib.controllers import Controller, ControllerSettings
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +63,7 @@ METHODS = {
 """What there is besides trained drafters."""
 TRANSFORMERS = ("generate", "assisted", "assisted-own", "prompt-lookup")
 FULL = "@full"  # after a drafter's name: with its full cache
+AUTO = "auto"  # after a colon, for a draft length: a controller chooses
 OTHER_ENGINE = 4
 """Rounding explains that many times more (:data:`bdlib.measure.NEAR_TIE`) where transformers chose.
 
@@ -75,7 +77,7 @@ FIELDS = {
     "document": "name of the text",
     "offset": "first token of the prompt in the text; the passage's, with chat",
     "prompt_tokens": "tokens of the prompt",
-    "gamma": "most tokens drafted in a round; empty without drafts",
+    "gamma": "most tokens drafted in a round; empty without drafts. NAME:auto: a controller chooses",
     "policy": "what the drafter's cache keeps; empty without a cache",
     "budget": "entries kept per layer and KV head; empty without a cache",
     "tokens": "tokens generated",
@@ -116,7 +118,8 @@ class BaselineSettings:
     ----------
     methods
         Names, see :func:`available`; ``()`` takes all of them. ``NAME:GAMMA`` gives a method a draft
-        length of its own. Plain decoding always takes part: the others are measured against it.
+        length of its own, ``NAME:auto`` a :class:`bdlib.controllers.Controller` that chooses in each
+        round. Plain decoding always takes part: the others are measured against it.
     regime
         One of :data:`REGIMES`.
     context
@@ -187,7 +190,9 @@ class BaselineSettings:
         )
 
     def chosen(self) -> dict[str, tuple[str, int]]:
-        """By label (``NAME`` or ``NAME:GAMMA``): the method's name and draft length; plain first.
+        """By label (``NAME``, ``NAME:GAMMA``, ``NAME:auto``): the method's name and draft length.
+
+        Plain decoding comes first. With a controller the length is the most that it may draft.
 
         Raises
         ------
@@ -200,9 +205,16 @@ class BaselineSettings:
             name, colon, length = label.partition(":")
             if name not in known:
                 raise ValueError(f"unknown method {name!r}; allowed: {', '.join(known)}")
+            if length == AUTO:
+                if name == "plain" or name in TRANSFORMERS:
+                    raise ValueError(
+                        f"method {label!r}: {name} has no draft for a controller to choose"
+                    )
+                found[label] = name, ControllerSettings().max_gamma
+                continue
             if colon and not (length.isdecimal() and int(length) >= 1):
                 raise ValueError(
-                    f"method {label!r}: a draft length is a whole number of at least 1"
+                    f"method {label!r}: a draft length is a whole number of at least 1, or {AUTO!r}"
                 )
             found[label] = name, int(length) if colon else self.gamma
         return found
@@ -546,6 +558,7 @@ class Contest:
             drafter,
             cache=cache,
             gamma=gamma,
+            controller=Controller() if label.endswith(f":{AUTO}") else None,
             max_new_tokens=new_tokens or self.settings.new_tokens,
             sampling=self.measured.sampling,
             stop_tokens=self.stops,

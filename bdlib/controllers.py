@@ -305,7 +305,9 @@ class Arms(Drafter):
 
     def propose(self, last, n, sampling, generator):
         self._last = last
-        return self.drafters[self.arm].propose(last, n, sampling, generator)
+        drafter = self.drafters[self.arm]
+        drafter.stop_below = self.stop_below
+        return drafter.propose(last, n, sampling, generator)
 
     def commit(self, emitted, accepted):
         for i, drafter in enumerate(self.drafters):
@@ -394,11 +396,15 @@ class ControllerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What to do in a round: ``gamma`` drafts (0: a plain step) by drafter ``arm``, and why."""
+    """What to do in a round: ``gamma`` drafts at most (0: a plain step) by drafter ``arm``, and why.
+
+    ``stop_below`` ends the draft sooner: see :attr:`bdlib.drafters.Drafter.stop_below`.
+    """
 
     gamma: int
     arm: int
     why: str
+    stop_below: float = 0.0
 
 
 class _Curve:
@@ -441,10 +447,44 @@ class _Curve:
         return out
 
 
-class _Arm:
-    """What is known of one drafter: acceptance by position, how often it proposes, its times."""
+class _Rates:
+    """A chance for each draft position: counts that fade, each position leaning on the one before."""
 
-    CHAIN = 12.0  # rounds' evidence that the position before is worth for the next one
+    def __init__(self, most: int, mean: float, rounds: float, chain: float) -> None:
+        self.trials, self.hits = [0.0] * most, [0.0] * most
+        self.trials[0], self.hits[0] = rounds, rounds * mean
+        self.chain = chain  # rounds' evidence that the position before is worth for the next one
+
+    def add(self, position: int, hit: bool) -> None:
+        self.trials[position] += 1
+        self.hits[position] += hit
+
+    def scale(self, factor: float) -> None:
+        """Let the evidence weigh more or less; the chances stay."""
+        self.trials = [t * factor for t in self.trials]
+        self.hits = [h * factor for h in self.hits]
+
+    def means(self, optimism: float = 0.0) -> list[float]:
+        """Posterior mean by position; plus so many standard deviations."""
+        means, lean, mean = [], 0.0, 0.0
+        for hits, trials in zip(self.hits, self.trials, strict=True):
+            weight = trials + lean
+            mean = (hits + lean * mean) / weight
+            bonus = optimism * math.sqrt(mean * (1 - mean) / (weight + 1)) if optimism else 0.0
+            means.append(min(1.0, mean + bonus))
+            lean = self.chain
+        return means
+
+
+class _Arm:
+    """What is known of one drafter: acceptance by position, how far it drafts, its times.
+
+    A draft may end before it has as many tokens as were asked for: when the drafter is unsure
+    (``stop_below``), or has nothing to say. So two chances are kept for each position: ``emitted``, that
+    the draft comes so far *and* is accepted there, given that all before it was, which is what tokens
+    come from; and ``going``, that it comes so far, accepted or not, which is what costs come from.
+    """
+
     FAST = 0.8  # fading of the short memory, per round
     ALARM = 3.0  # standard deviations between the two memories that mean a change
     UNLIKELY = 0.0005  # chance of so many rounds in a row with nothing accepted that means a change
@@ -453,10 +493,10 @@ class _Arm:
         self.name = name
         self._keep = math.exp(-1 / settings.memory)
         self._prior, self._prior_rounds = settings.prior, settings.prior_rounds
-        most = settings.max_gamma
-        self.trials, self.hits = [0.0] * most, [0.0] * most
-        self.trials[0] = settings.prior_rounds
-        self.hits[0] = settings.prior_rounds * settings.prior
+        most, rounds = settings.max_gamma, settings.prior_rounds
+        self.emitted = _Rates(most, settings.prior, rounds, chain=12.0)
+        self.going = _Rates(most, 1.0, rounds, chain=4.0)
+        self._judged, self._agreed = rounds, rounds * settings.prior  # drafts that were looked at
         self._fast_trials = self._fast_hits = self._fast_squares = 0.0
         self._misses, self._before = 0, settings.prior
         self.asked, self.offers = 1.0, 1.0  # as if it had proposed once
@@ -466,61 +506,60 @@ class _Arm:
         self.hope, self.stale = 0.0, 0  # speed-up to hope for, and rounds since it was worked out
 
     def fade(self) -> None:
-        self.trials = [t * self._keep for t in self.trials]
-        self.hits = [h * self._keep for h in self.hits]
+        self.emitted.scale(self._keep)
+        self.going.scale(self._keep)
+        self._judged *= self._keep
+        self._agreed *= self._keep
 
     def forget(self) -> None:
         """Not asked in this round: what is known goes back towards the prior, twice as fast."""
         self.fade()
         self.fade()
         back = (1 - self._keep**2) * self._prior_rounds
-        self.trials[0] += back
-        self.hits[0] += back * self._prior
+        self.emitted.trials[0] += back
+        self.emitted.hits[0] += back * self._prior
 
     def doubt(self, rounds: float) -> None:
         """Keep the means, and let them weigh no more than this many rounds."""
-        factor = rounds / max(rounds, self.trials[0])
-        self.trials = [t * factor for t in self.trials]
-        self.hits = [h * factor for h in self.hits]
+        self.emitted.scale(rounds / max(rounds, self.emitted.trials[0]))
 
-    def learn(self, drafted: int, accepted: int) -> bool:
+    def learn(self, asked: int, drafted: int, accepted: int) -> bool:
         """Take in a round; whether the last few contradict what was known: the text has changed."""
         self.asked = self.asked * self._keep + 1
         self.offers = self.offers * self._keep + (drafted > 0)
         if not drafted:
             return False
-        for i in range(min(drafted, accepted + 1, len(self.trials))):
-            self.trials[i] += 1
-            self.hits[i] += i < accepted
+        asked = min(asked, len(self.emitted.trials))
+        for i in range(min(asked, accepted + 1)):
+            self.emitted.add(i, i < accepted)
+        for i in range(1, min(asked, drafted + 1)):
+            self.going.add(i, i < drafted)
+        self._judged += min(drafted, accepted + 1)
+        self._agreed += accepted
+        trials, hits = self.emitted.trials, self.emitted.hits
         self._fast_trials = self._fast_trials * self.FAST + 1
         self._fast_hits = self._fast_hits * self.FAST + (accepted > 0)
         self._fast_squares = self._fast_squares * self.FAST**2 + 1
-        fast, slow = self._fast_hits / self._fast_trials, self.hits[0] / self.trials[0]
+        fast, slow = self._fast_hits / self._fast_trials, hits[0] / trials[0]
         rounds = self._fast_trials**2 / self._fast_squares  # as many equal weights vary as little
         spread = math.sqrt(max(0.02, slow * (1 - slow)) / rounds)
         if accepted:
             self._misses = 0
-            self._before = self.hits[0] / self.trials[0]
+            self._before = hits[0] / trials[0]
         else:
             self._misses += 1
         if self._misses > 2 and (1 - self._before) ** self._misses < self.UNLIKELY:
-            self.hits[0], self._before = self.trials[0] / 4, 0.0
+            hits[0], self._before = trials[0] / 4, 0.0
             return True
         if self._fast_trials > 2 and abs(fast - slow) > self.ALARM * spread:
-            self.hits[0] = self.trials[0] * fast
+            hits[0] = trials[0] * fast
             return True
         return False
 
-    def alphas(self, optimism: float = 0.0) -> list[float]:
-        """Posterior mean by position, each leaning on the one before; plus so many deviations."""
-        means, lean, mean = [], 0.0, 0.0
-        for hits, trials in zip(self.hits, self.trials, strict=True):
-            weight = trials + lean
-            mean = (hits + lean * mean) / weight
-            bonus = optimism * math.sqrt(mean * (1 - mean) / (weight + 1)) if optimism else 0.0
-            means.append(min(1.0, mean + bonus))
-            lean = self.CHAIN
-        return means
+    @property
+    def acceptance(self) -> float:
+        """Chance that a drafted token is accepted, given that all before it were; at any position."""
+        return self._agreed / self._judged
 
 
 class Controller:
@@ -546,6 +585,9 @@ class Controller:
     UNSURE = 1.3  # the same while no plain step has been timed
     UNTIMED = 4  # rounds after which the first plain step is taken, however large the gain looks
     DISTURBED = 1.5  # of its usual time: what is above that is not the drafts' doing
+    MODEST = (
+        0.8  # drafts of probability q are accepted about as often as q to this power (lesson 08)
+    )
     UPFRONT = 128  # tokens for which half of the allowance is there at the start
     FIRST = Choice(0, 0, "plain step: to learn what one costs")
 
@@ -627,7 +669,8 @@ class Controller:
             if self._off:
                 self._off, self._streak, self._wait = False, 0, 0
             self._close = best.speedup < (self.CLOSE if self._plain else self.UNSURE)
-            return Choice(best.gamma, arm, self._reason(arm, best))
+            stop = self._stop_below(arm, best)
+            return Choice(best.gamma, arm, self._reason(arm, best), stop)
         return Choice(1, arm, f"probe: one draft, to see whether it pays now ({self._gain(best)})")
 
     def _stop(self, arm: int, best: Prediction) -> Choice:
@@ -637,7 +680,7 @@ class Controller:
         self._off, self._wait = True, self._interval - 1
         for one in self._arms:
             one.doubt(self.DOUBT)
-        chance = self._arms[arm].alphas()[0]
+        chance = self._arms[arm].emitted.means()[0]
         self._idle = Choice(
             0,
             arm,
@@ -669,12 +712,17 @@ class Controller:
         else:
             draft = [step * self.DRAFT_GUESS * gamma for gamma in range(1, most + 1)]
         select = sum(arm.selecting) / len(arm.selecting) if arm.selecting else 0.0
-        offered, alphas = arm.offers / arm.asked, arm.alphas(optimism)
-        out, tokens, reached, falling = [], 1.0, offered, 0
+        offered = arm.offers / arm.asked
+        emitted, going = arm.emitted.means(optimism), arm.going.means()
+        self._whole = [d + v + select for d, v in zip(draft, verify, strict=True)]
+        out, tokens, reached, come, drafting, falling = [], 1.0, offered, 1.0, self._whole[0], 0
         for i in range(most):
-            reached *= alphas[i]
+            reached *= emitted[i]
             tokens += reached
-            cost = offered * (draft[i] + verify[i] + select) + (1 - offered) * step
+            if i:
+                come *= going[i]  # drafts that come so far cost this much more
+                drafting += come * (self._whole[i] - self._whole[i - 1])
+            cost = offered * drafting + (1 - offered) * step
             out.append(Prediction(i + 1, tokens, cost, tokens * step / cost))
             falling = falling + 1 if i and out[i].speedup < out[i - 1].speedup else 0
             if falling == 3:
@@ -689,13 +737,27 @@ class Controller:
     def _affordable(self, option: Prediction, share: float = DRAFTS) -> bool:
         """Whether the account stays within its allowance even if no draft is accepted."""
         allowance = self.settings.max_loss * (self._upfront + self._emitted) / 2
-        return self._loss + option.cost / self._step - 1 <= share * allowance
+        cost = self._whole[option.gamma - 1]  # of a draft of full length
+        return self._loss + cost / self._step - 1 <= share * allowance
+
+    def _stop_below(self, arm: int, best: Prediction) -> float:
+        """Where a draft should end: the next token costs more time than it is likely to give.
+
+        In the long run a plain step's time is worth ``speedup`` tokens. One more draft costs
+        ``more`` plain steps, and gives a token if the draft so far is accepted and it is too. The
+        first is a matter of the drafter's probabilities, corrected by :attr:`MODEST`.
+        """
+        if best.gamma == 1:
+            return 0.0
+        more = (self._whole[best.gamma - 1] - self._whole[0]) / (best.gamma - 1) / self._step
+        needed = min(0.95, max(0.0, best.speedup * more / self._arms[arm].acceptance))
+        return needed ** (1 / self.MODEST)
 
     def _gain(self, best: Prediction) -> str:
         return f"{best.tokens:.2f} tokens for {best.cost / self._step:.2f} plain steps"
 
     def _reason(self, arm: int, best: Prediction) -> str:
-        chance = self._arms[arm].alphas()[0]
+        chance = self._arms[arm].emitted.means()[0]
         return (
             f"draft {best.gamma} by {self._arms[arm].name}: acceptance {chance:.2f}, so"
             f" {self._gain(best)}, {best.speedup:.2f}x"
@@ -723,7 +785,7 @@ class Controller:
         for other in self._arms:
             (other.fade if other is arm else other.forget)()
         arm.stale = 0
-        if arm.learn(drafted, one.accepted):
+        if arm.learn(self._choice.gamma, drafted, one.accepted):
             for other in self._arms:
                 other.doubt(self.DOUBT)
         if arm.rounds:  # the first selection is not like the others

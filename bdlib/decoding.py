@@ -126,6 +126,7 @@ def decode(
     drafter: Drafter | None = None,
     *,
     gamma: int = 4,
+    stop_below: float = 0.0,
     controller: Controller | None = None,
     max_new_tokens: int = 64,
     sampling: Sampling = GREEDY,
@@ -146,6 +147,9 @@ def decode(
         Who proposes; ``None`` decodes plainly.
     gamma
         Tokens drafted per round, unless a controller chooses.
+    stop_below
+        End a draft sooner, once the product of the drafter's own probabilities of its tokens falls
+        below this (:attr:`bdlib.drafters.Drafter.stop_below`); 0 never does. A controller sets its own.
     controller
         Chooses ``gamma`` anew for every round, 0 included, and among :class:`bdlib.controllers.Arms` the
         drafter. Output stays lossless. When sampling, a seed no longer repeats the output: what is
@@ -164,6 +168,8 @@ def decode(
     check_whole("gamma", gamma, 1, "token")
     if controller is not None and drafter is None:
         raise ValueError("a controller needs a drafter to choose for")
+    if not 0 <= stop_below < 1:
+        raise ValueError(f"stop_below {stop_below} must be at least 0 (off) and below 1")
     check_whole("max_new_tokens", max_new_tokens, 1, "token")
     if not sampling.greedy and generator is None:
         raise ValueError("sampling needs an explicit torch.Generator")
@@ -177,8 +183,8 @@ def decode(
             f"cache of {cache.capacity} tokens is too small: this decoding may reach {end}"
         )
     return _rounds(
-        target, cache, prompt, drafter, gamma, controller, max_new_tokens, sampling, set(stop_tokens),
-        generator,
+        target, cache, prompt, drafter, gamma, stop_below, controller, max_new_tokens, sampling,
+        set(stop_tokens), generator,
     )  # fmt: skip
 
 
@@ -189,6 +195,7 @@ def _rounds(
     prompt,
     drafter,
     gamma,
+    stop_below,
     controller,
     max_new_tokens,
     sampling,
@@ -207,6 +214,8 @@ def _rounds(
         controller.start(names, max_new_tokens)
     nothing = Proposal(torch.empty(0, dtype=torch.int64, device=target.device))
     asked, arm, why, drafting_rounds, done = gamma if arms else 0, 0, "", 0, None
+    if drafter is not None:
+        drafter.stop_below = stop_below
     while True:
         start = cache.length
         proposal = nothing
@@ -215,6 +224,7 @@ def _rounds(
                 controller.record(done)
             choice = controller.choose(left)
             asked, arm, why = choice.gamma, choice.arm, choice.why
+            drafter.stop_below = choice.stop_below
             if isinstance(drafter, Arms):
                 drafter.use(arm)
         if asked:

@@ -42,6 +42,11 @@ class Drafter(ABC):
     """The policy whose queries the *target's* cache must log for this drafter."""
     taps: tuple[int, ...] = ()
     """Layers of the target whose output its cache must keep for this drafter."""
+    stop_below: float = 0.0
+    """Set by the decoder before each draft. A draft ends after the token with which the product of the
+    drafter's own probabilities of its tokens falls below this: what follows would hardly be accepted.
+    Whether token ``j + 1`` is drafted depends on tokens 1 to ``j`` alone, and those are kept, so output
+    stays lossless. Drafters without such probabilities ignore it."""
 
     @abstractmethod
     def start(self, prompt: Tensor, cache: KVCache, capacity: int) -> None:
@@ -104,20 +109,26 @@ def _draft(
     sampling: Sampling,
     generator: torch.Generator | None,
     states: Tensor | None = None,
+    stop_below: float = 0.0,
 ) -> Proposal:
     """Run ``model`` token by token for ``n`` drafts, after taking in the ``pending`` tokens.
 
     ``states`` ``[pending, C]`` are what a feature-conditioned model reads beside the pending tokens;
-    beside its own drafts it reads its own output.
+    beside its own drafts it reads its own output. ``stop_below``: see :class:`Drafter`; in greedy
+    decoding the probabilities are those at temperature 1.
     """
     step = min(len(pending), getattr(cache, "budget", len(pending)))
     tokens = torch.tensor([pending], device=model.device)
     for first in range(0, len(pending), step):
         part = slice(first, first + step)
         hidden = _run(model, tokens[:, part], cache, None if states is None else states[part])
-    drafted, probs = [], []
+    drafted, probs, reached = [], [], 1.0
     for i in range(n):
-        token, row = sampling.draw(model.logits(hidden[:, -1:])[:, 0], generator)
+        logits = model.logits(hidden[:, -1:])[:, 0]
+        token, row = sampling.draw(logits, generator)
+        if stop_below:
+            chances = torch.softmax(logits, -1) if row is None else row
+            reached *= float(chances[0, token])
         if model.vocabulary is not None:  # from rows of the head to token ids
             token = model.vocabulary[token]
             if row is not None:
@@ -125,9 +136,10 @@ def _draft(
                 row = whole.index_copy_(1, model.vocabulary, row)
         drafted.append(token)
         probs.append(row)
-        if i + 1 < n:
-            own = None if states is None else hidden[0, -1:]
-            hidden = _run(model, token[:, None], cache, own)
+        if i + 1 == n or reached < stop_below:
+            break
+        own = None if states is None else hidden[0, -1:]
+        hidden = _run(model, token[:, None], cache, own)
     return Proposal(torch.cat(drafted), None if sampling.greedy else torch.cat(probs))
 
 
@@ -164,7 +176,9 @@ class SelfDrafter(Drafter):
     def propose(self, last, n, sampling, generator):
         self._catch_up()
         self._round_start = self.cache.length
-        return _draft(self.target, self.cache, [last], n, sampling, generator)
+        return _draft(
+            self.target, self.cache, [last], n, sampling, generator, stop_below=self.stop_below
+        )
 
     def follow(self, last: int, emitted: list[int]) -> None:
         pass  # the entries are in the target's cache whenever they are wanted
@@ -320,7 +334,9 @@ class ModelDrafter(Drafter):
         start = self.cache.length
         self._base = start + len(self._pending)
         states = self._states(start, len(self._pending))
-        return _draft(self.model, self.cache, self._pending, n, sampling, generator, states)
+        return _draft(
+            self.model, self.cache, self._pending, n, sampling, generator, states, self.stop_below
+        )
 
     def commit(self, emitted: list[int], accepted: int) -> None:
         # Drafting ran the model on every draft but the last: a fully accepted draft leaves it over.
