@@ -139,7 +139,7 @@ class BaselineSettings:
     drafters
         A folder of drafters, besides the shipped ones.
     repeats
-        Turns a prompt.
+        Turns a prompt. When sampling, each turn writes texts of its own; counts are of the first one.
     """
 
     methods: tuple[str, ...] = ()
@@ -714,10 +714,13 @@ def _one_prompt(
 ) -> list[dict[str, Any]]:
     settings = contest.settings
     filled = contest.fill(prompt)
-    seed = settings.seed + index
     turns: list[dict[str, Outcome]] = []
     for repeat in range(settings.repeats):
         turn = {}
+        seed = (
+            settings.seed + index
+        )  # when sampling, another text each turn: times average over them
+        seed += 0 if contest.measured.sampling.greedy else repeat * settings.samples
         for label in labels if repeat % 2 == 0 else reversed(labels):
             say(f"prompt {index + 1} of {settings.samples}, turn {repeat + 1}: {label}")
             turn[label] = contest.decode(label, prompt, filled, seed)

@@ -31,7 +31,9 @@ What it can lose against plain decoding is bounded by an account, not only by it
 
 from __future__ import annotations
 
+import itertools
 import math
+import operator
 import random
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
@@ -585,9 +587,7 @@ class Controller:
     UNSURE = 1.3  # the same while no plain step has been timed
     UNTIMED = 4  # rounds after which the first plain step is taken, however large the gain looks
     DISTURBED = 1.5  # of its usual time: what is above that is not the drafts' doing
-    MODEST = (
-        0.8  # drafts of probability q are accepted about as often as q to this power (lesson 08)
-    )
+    MODEST = 0.8  # tokens of probability q are accepted about as often as q to this power
     UPFRONT = 128  # tokens for which half of the allowance is there at the start
     FIRST = Choice(0, 0, "plain step: to learn what one costs")
 
@@ -837,7 +837,9 @@ def simulate(
     controller: Controller | None = None,
     *,
     gamma: int = 0,
+    stop_below: float = 0.0,
     arm: int = 0,
+    sure: bool = False,
     tokens: int = 400,
     noise: float = 0.0,
     seed: int = 0,
@@ -850,7 +852,10 @@ def simulate(
         For each drafter its acceptance (a number, one for each position, or a function of the tokens
         emitted so far that gives either) and its costs.
     controller
-        Who chooses; ``None`` drafts ``gamma`` tokens by ``arm`` in every round.
+        Who chooses; ``None`` drafts ``gamma`` tokens by ``arm`` in every round, fewer by ``stop_below``.
+    sure
+        Whether drafters know their chances token by token, so that ``stop_below`` can end a draft;
+        without that they know nothing, and it ends none.
     noise
         Standard deviation of the logarithm of every time.
     seed
@@ -863,7 +868,7 @@ def simulate(
     if controller is not None:
         controller.start([f"drafter {i}" for i in range(len(arms))], tokens)
     rounds, done = [], 0
-    fixed = Choice(gamma, arm, "fixed")
+    fixed = Choice(gamma, arm, "fixed", stop_below)
     while done < tokens:
         choice = fixed if controller is None else controller.choose(tokens - done)
         n = min(choice.gamma, tokens - done - 1)
@@ -872,6 +877,9 @@ def simulate(
             acceptance = acceptance(done)
         expected_tokens(acceptance, n)  # refuses what is no acceptance
         chances = [acceptance] * n if isinstance(acceptance, int | float) else acceptance
+        if sure:  # the draft ends with the token that makes it unlikely
+            likely = itertools.accumulate(chances[:n], operator.mul)
+            n = next((i for i, chance in enumerate(likely, 1) if chance < choice.stop_below), n)
         accepted = 0
         while accepted < n and coins[done + accepted] < chances[accepted]:
             accepted += 1

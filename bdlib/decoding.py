@@ -57,6 +57,8 @@ class Round:
         Who was asked; empty in a plain round.
     why
         A controller's reason for this choice; empty without one.
+    chances
+        The drafter's probabilities of its tokens, where ``stop_below`` made it look at them.
     """
 
     index: int
@@ -68,6 +70,7 @@ class Round:
     gamma: int = 0
     drafter: str = ""
     why: str = ""
+    chances: tuple[float, ...] = ()
 
 
 @dataclass
@@ -260,7 +263,7 @@ def _rounds(
             clock.lap("select")
         done = Round(
             index, tuple(proposal.tokens.tolist()), accepted, tuple(emitted), kind, clock.read(),
-            asked, names[arm] if asked else "", why,
+            asked, names[arm] if asked else "", why, proposal.chances,
         )  # fmt: skip
         yield done
         if ended:

@@ -7,6 +7,7 @@ only its speed.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,11 +28,13 @@ PIECE = 512
 class Proposal:
     """Drafted token ids ``[n]`` and the distributions ``[n, V]`` they were drawn from.
 
-    ``probs`` is ``None`` when the drafter was certain (a point mass on each token).
+    ``probs`` is ``None`` when the drafter was certain (a point mass on each token). ``chances`` are the
+    probabilities that it gave its tokens, where :attr:`Drafter.stop_below` made it look at them.
     """
 
     tokens: Tensor
     probs: Tensor | None = None
+    chances: tuple[float, ...] = ()
 
 
 class Drafter(ABC):
@@ -122,13 +125,13 @@ def _draft(
     for first in range(0, len(pending), step):
         part = slice(first, first + step)
         hidden = _run(model, tokens[:, part], cache, None if states is None else states[part])
-    drafted, probs, reached = [], [], 1.0
+    drafted, probs, chances = [], [], []
     for i in range(n):
         logits = model.logits(hidden[:, -1:])[:, 0]
         token, row = sampling.draw(logits, generator)
         if stop_below:
-            chances = torch.softmax(logits, -1) if row is None else row
-            reached *= float(chances[0, token])
+            own = torch.softmax(logits, -1) if row is None else row
+            chances.append(float(own[0, token]))
         if model.vocabulary is not None:  # from rows of the head to token ids
             token = model.vocabulary[token]
             if row is not None:
@@ -136,11 +139,12 @@ def _draft(
                 row = whole.index_copy_(1, model.vocabulary, row)
         drafted.append(token)
         probs.append(row)
-        if i + 1 == n or reached < stop_below:
+        if i + 1 == n or math.prod(chances) < stop_below:
             break
-        own = None if states is None else hidden[0, -1:]
-        hidden = _run(model, token[:, None], cache, own)
-    return Proposal(torch.cat(drafted), None if sampling.greedy else torch.cat(probs))
+        state = None if states is None else hidden[0, -1:]
+        hidden = _run(model, token[:, None], cache, state)
+    rows = None if sampling.greedy else torch.cat(probs)
+    return Proposal(torch.cat(drafted), rows, tuple(chances))
 
 
 class SelfDrafter(Drafter):
