@@ -454,6 +454,9 @@ def figure(
         out = out or folder
         out.mkdir(parents=True, exist_ok=True)
         found = {key: getattr(figures, key)(rows, about)[0] for key in swept.get(name, ())}
+        if name == "controller":
+            contests, of = figures.contests(folder)
+            found["fixed"] = figures.fixed(contests, of)[0]
         for key, drawn in (found or figures.acceptance(rows, about)).items():
             drawn.savefig(out / f"{key}.png", dpi=110, format="png", metadata={"Software": None})
             typer.echo(f"wrote {key}.png")

@@ -24,7 +24,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -986,6 +986,29 @@ def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 
     order = {record["method"]: i for i, record in reversed(list(enumerate(records)))}
     _write_csv(path, sorted(records, key=lambda r: (r["sample"], order[r["method"]])), FIELDS)
+
+
+def load_all(
+    paths: Iterable[str | os.PathLike[str]],
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Records of several files (other texts, the same settings), and the last one's sidecar.
+
+    Samples are numbered on, so that each prompt keeps a number of its own. See :func:`load`.
+
+    Raises
+    ------
+    ValueError
+        If there are no files.
+    """
+    records: list[dict[str, Any]] = []
+    about: dict[str, Any] = {}
+    for path in paths:
+        found, about = load(path)
+        before = 1 + max((r["sample"] for r in records), default=-1)
+        records += [r | {"sample": before + r["sample"]} for r in found]
+    if not records:
+        raise ValueError("there are no files of a comparison")
+    return records, about
 
 
 def load(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:

@@ -15,6 +15,8 @@ from statistics import fmean, median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -1034,6 +1036,118 @@ def controller(
         f"{first['drafter']}, budget {first['budget']}, gamma at most {first['gamma']}; decoding alone;"
         " hollow: the output loops; bars: medians of those that do not;\n"
         f"{about['threads'][0]} threads. {origin(about)}",
+    )
+    return fig, axes[0]
+
+
+def against_fixed(
+    records: Sequence[Mapping[str, Any]], looping: bool | None = False
+) -> list[dict[str, Any]]:
+    """What a controller's choices were worth beside each fixed draft length, on the same prompts.
+
+    Parameters
+    ----------
+    records
+        Rows of :mod:`bdlib.baselines` with one method ``NAME:auto`` and others ``NAME:GAMMA``.
+    looping
+        Only prompts on which no output (``False``) or at least one (``True``) goes in circles
+        (``distinct_2`` below 0.5); ``None`` takes all of them.
+
+    Returns
+    -------
+    list of dict
+        For each fixed length, shortest first: ``gamma``; ``ratios``, the controller's speed over its on
+        each prompt; ``over``, their mean as a :class:`bdlib.measure.Interval`; ``mean`` and ``median``
+        of its own speed-up over plain decoding. Then the controller itself: ``gamma`` ``None``, ``over``
+        its ratio of means to the greatest of those means. Nothing, if there are no such prompts.
+
+    Raises
+    ------
+    ValueError
+        If there is no fixed length, or a prompt without the controller.
+    """
+    from bdlib import baselines, measure, sweeps
+
+    prompts: dict[Any, dict[str, Mapping[str, Any]]] = {}
+    for r in records:
+        length = r["method"].rpartition(":")[2]
+        prompts.setdefault(r["sample"], {})[length] = r
+    kept = [
+        own
+        for own in prompts.values()
+        if looping in (None, any(r["distinct_2"] < sweeps.LOOPING for r in own.values()))
+    ]
+    lengths = sorted({int(name) for own in prompts.values() for name in own if name.isdecimal()})
+    if not kept:
+        return []
+    if not lengths or any(baselines.AUTO not in own for own in kept):
+        raise ValueError(
+            "no prompt was decoded both with a controller and with a fixed draft length"
+        )
+    rows: list[dict[str, Any]] = []
+    for gamma in (*map(str, lengths), baselines.AUTO):
+        gains = [own[gamma]["speedup"] for own in kept]
+        ratios = [
+            own[baselines.AUTO]["tokens_per_second"] / own[gamma]["tokens_per_second"]
+            for own in kept
+        ]
+        row = {"gamma": int(gamma) if gamma.isdecimal() else None, "ratios": ratios}
+        rows.append(row | {"mean": fmean(gains), "median": median(gains)})
+        rows[-1]["over"] = measure.interval(ratios)
+    rows[-1]["over"] = rows[-1]["mean"] / max(row["mean"] for row in rows[:-1])
+    return rows
+
+
+def contests(
+    folder: Path,
+) -> tuple[dict[str, list[dict[str, Any]]], dict[str, Any]]:
+    """Archived comparisons with fixed draft lengths, by regime, and what they say of themselves.
+
+    Reads ``fixed_REGIME_TEXT.csv`` in the folder, files of ``python -m bdlib bench baselines``.
+    """
+    from bdlib import baselines
+
+    found, about = {}, {}
+    for regime in ("sampling", "chat"):
+        paths = sorted(folder.glob(f"fixed_{regime}_*.csv"))
+        found[regime], about = baselines.load_all(paths)
+    return found, about
+
+
+def fixed(
+    contests: Mapping[str, Sequence[Mapping[str, Any]]], about: Mapping[str, Any]
+) -> tuple[Figure, Sequence[Axes]]:
+    """Speed with a controller over that with each fixed draft length: a panel a regime, a mark a prompt.
+
+    Hollow marks are prompts on which an output loops; bars are means of the others with their 95 %
+    intervals.
+    """
+    import matplotlib.pyplot as plt
+
+    fig, axes = plt.subplots(1, len(contests), figsize=(10, 4.2), sharey=True, squeeze=False)
+    for ax, (regime, records) in zip(axes[0], contests.items(), strict=True):
+        straight = against_fixed(records)[:-1]
+        for looping in (False, True):
+            for x, row in enumerate(against_fixed(records, looping)[:-1]):
+                own = sorted(row["ratios"])
+                spread = [x + 0.02 * (n - len(own) / 2) for n in range(len(own))]
+                style = {"color": CYCLE[x], "mfc": "none" if looping else CYCLE[x], "ms": 6}
+                ax.plot(spread, own, MARKERS[x], **style)
+        for x, row in enumerate(straight):
+            over = row["over"]
+            ax.errorbar(
+                x, over.mean, _reach(over), color="black", capsize=5, lw=2, marker="_", ms=22
+            )
+        ax.axhline(1, color="black", ls="--", lw=1)
+        ax.set_xticks(range(len(straight)), [f"fixed {row['gamma']}" for row in straight])
+        ax.set(xlabel="draft length", title=f"{regime}, n = {len(straight[0]['ratios'])}")
+    axes[0, 0].set(ylabel="speed with controller over fixed")
+    here, of = about["runs"][0], about["settings"]
+    caption(
+        fig,
+        f"Main drafter, context {of['context']:,}, budget {of['budget']}, all choices in turns on each"
+        f" prompt; bars: means and 95 % intervals,\nhollow: an output loops."
+        f" SmolLM2-135M, {here['threads']} threads, seed {of['seed']}, commit {here['commit'][:7]}.",
     )
     return fig, axes[0]
 

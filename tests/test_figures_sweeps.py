@@ -216,6 +216,55 @@ def test_the_controllers_figures_are_drawn():
     assert "off by" in ax.get_legend().get_texts()[0].get_text()
 
 
+def contest(sample, speeds, distinct=0.9):
+    """Rows of a comparison on one prompt: tokens a second by draft length, plain decoding at 10."""
+    rows = [("plain", 10.0), *((f"drafter:{length}", speed) for length, speed in speeds.items())]
+    return [
+        {
+            "method": name,
+            "sample": sample,
+            "tokens_per_second": speed,
+            "speedup": speed / 10.0,
+            "distinct_2": distinct,
+        }
+        for name, speed in rows
+    ]
+
+
+CONTEST = [
+    *contest(0, {"auto": 18.0, "2": 15.0, "4": 20.0}),
+    *contest(1, {"auto": 12.0, "2": 12.0, "4": 10.0}),
+    *contest(2, {"auto": 40.0, "2": 20.0, "4": 25.0}, distinct=0.2),
+]
+
+
+def test_a_controller_beside_fixed_lengths_by_hand():
+    two, four, own = figures.against_fixed(CONTEST)
+    assert (two["gamma"], four["gamma"], own["gamma"]) == (2, 4, None)
+    assert two["ratios"] == pytest.approx([1.2, 1.0])
+    assert four["ratios"] == pytest.approx([0.9, 1.2])
+    assert two["over"].mean == pytest.approx(1.1)
+    assert (two["mean"], four["mean"], own["mean"]) == pytest.approx((1.35, 1.5, 1.5))
+    assert own["over"] == pytest.approx(1.0)  # 1.5 beside the greater of two means
+    assert [row["ratios"] for row in figures.against_fixed(CONTEST, True)][:2] == [[2.0], [1.6]]
+    assert len(figures.against_fixed(CONTEST, None)[0]["ratios"]) == 3
+    with pytest.raises(ValueError, match="no prompt was decoded both with a controller"):
+        figures.against_fixed(contest(0, {"auto": 18.0}))
+
+
+def test_a_controller_beside_fixed_lengths_is_drawn():
+    about = {
+        "settings": {"context": 4096, "budget": 256, "seed": 1},
+        "runs": [{"threads": 2, "commit": "0123456789"}],
+    }
+    axes = figures.fixed({"sampling": CONTEST, "chat": CONTEST[:8]}, about)[1]
+    assert [ax.get_title() for ax in axes] == ["sampling, n = 2", "chat, n = 2"]
+    for ax, looping in zip(axes, (True, False), strict=True):
+        drawn = [y for line in ax.get_lines() for y in line.get_ydata()]
+        assert {1.2, 0.9} <= {round(y, 6) for y in drawn}
+        assert (2.0 in drawn) == looping
+
+
 def test_speed_is_drawn_against_each_axis_and_loops_apart():
     """Every kind of point has a speed of its own, so that each can be looked for in its panel."""
     default = "chunk_topk_recent"
