@@ -23,8 +23,16 @@ verification costs more than one step, acceptance falls along a draft, and choos
 time. The BudgetDraft paper (arXiv 2606.00144) picks the best ``gamma`` of a sweep for each context
 afterwards; :class:`Controller` picks it while decoding, without a sweep, or drafts nothing at all.
 
+**Drafts that end early.** Text has easy and hard stretches, and a drafter often knows which: a token
+that it gave little probability is seldom accepted. The controller therefore asks for a draft of at
+most so many tokens, to end once the product of the drafter's probabilities falls below a threshold
+(:attr:`bdlib.drafters.Drafter.stop_below`). Ending drafts by confidence is known (Mamou et al., arXiv
+2405.04304; assisted generation in transformers does it); here the threshold is no setting, it follows
+from the costs: a draft ends where one more token costs more time than it is likely to give.
+
 **The controller.** Contract: it sees only finished rounds, so its choices do not depend on the random
-draws they are made for, and output stays lossless. Its time is part of the rounds (phase ``select``).
+draws they are made for; where a draft ends depends on the tokens drafted so far, which are kept. So
+output stays lossless. Its time is part of the rounds (phase ``select``).
 What it can lose against plain decoding is bounded by an account, not only by its estimates: see
 ``max_loss`` of :class:`ControllerSettings`.
 """
@@ -572,8 +580,8 @@ class Controller:
     applied to what is known: acceptance by position (a Beta posterior whose evidence fades, and fades
     at once when the last few rounds contradict it) and running medians of the measured times. What a
     plain step costs is read off the verifications at first; one is taken as soon as the gain is not
-    plain to see, and after :attr:`UNTIMED` rounds in any case. When no draft length pays it stops
-    drafting, and tries a single draft at growing intervals.
+    plain to see, and after :attr:`UNTIMED` rounds in any case. Drafts end early where the drafter is
+    unsure. When no draft length pays it stops drafting, and tries a single draft at growing intervals.
 
     Each :meth:`start` forgets what was learned: a text is judged by itself.
     """

@@ -1153,11 +1153,13 @@ def fixed(
 
 
 def predictions(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The speed-up of a draft length on a window, from the next shorter and the next longer one.
+    """The speed-up of a draft length on a prompt, from every other draft length there.
 
-    Acceptance by position and the costs of a round come from those two runs alone, costs between them
-    on a straight line; :func:`bdlib.controllers.predict` says what the draft length in between should
-    give. Windows with fewer than three draft lengths are left out.
+    Acceptance belongs to the text: by position, from all runs on the prompt with other draft lengths.
+    Costs belong to the machine: of the next shorter and the next longer draft, in plain steps, medians
+    over all prompts of the same settings, and between the two on a straight line.
+    :func:`bdlib.controllers.predict` says what the draft length in between should give; its own runs
+    have no part in it. Prompts with fewer than three draft lengths are left out.
 
     Parameters
     ----------
@@ -1169,45 +1171,53 @@ def predictions(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
     list
         The row of each run in between, with ``predicted`` beside its ``speedup_decode``.
     """
-    axes = ("regime", "drafter", "policy", "budget", "context", "text", "temperature", "refresh")
-    groups: dict[tuple, dict[int, Mapping[str, Any]]] = {}
+    from bdlib.controllers import Costs, predict
+
+    axes = ("regime", "drafter", "policy", "budget", "context", "temperature", "refresh", "seed")
+    groups: dict[tuple, dict[tuple, dict[int, Mapping[str, Any]]]] = {}
     for r in records:
         if not r["controller"]:
-            key = (*(r[name] for name in axes), r["seed"], r["sample"])
-            groups.setdefault(key, {})[r["gamma"]] = r
+            prompts = groups.setdefault(tuple(r[name] for name in axes), {})
+            prompts.setdefault((r["text"], r["sample"]), {})[r["gamma"]] = r
     out = []
-    for runs in groups.values():
-        lengths = sorted(runs)
-        for shorter, gamma, longer in zip(lengths, lengths[1:], lengths[2:], strict=False):
-            said = _predicted_between(gamma, (runs[shorter], runs[longer]))
-            out.append({**runs[gamma], "predicted": said})
+    for prompts in groups.values():
+        each: dict[int, list[tuple[float, ...]]] = {}
+        for gamma, r in (pair for runs in prompts.values() for pair in runs.items()):
+            each.setdefault(gamma, []).append(_steps_of_a_round(r))
+        usual = {gamma: [*map(median, zip(*of, strict=True))] for gamma, of in each.items()}
+        for runs in prompts.values():
+            lengths = sorted(runs)
+            for shorter, gamma, longer in zip(lengths, lengths[1:], lengths[2:], strict=False):
+                ends = {length: usual[length] for length in (shorter, longer)}
+                costs = Costs(
+                    1.0,
+                    {length: draft for length, (draft, *_) in ends.items()},
+                    {length + 1: verify for length, (_, verify, _) in ends.items()},
+                    fmean(select for *_, select in ends.values()),
+                )
+                alphas = _acceptance_of([runs[length] for length in lengths if length != gamma])
+                said = predict(alphas, gamma, costs).speedup
+                out.append({**runs[gamma], "predicted": said})
     return out
 
 
-def _predicted_between(gamma: int, ends: Sequence[Mapping[str, Any]]) -> float:
-    """The speed-up that a shorter and a longer draft let expect."""
-    from bdlib.controllers import Costs, predict
+def _steps_of_a_round(r: Mapping[str, Any]) -> tuple[float, ...]:
+    """What drafting, verifying and selecting take in a round, in plain steps of the same turn."""
+    a_step = r["rounds"] / r["ar_tokens_per_second"]
+    return tuple(r[f"{phase}_seconds"] / a_step for phase in ("draft", "verify", "select"))
 
-    draft, verify = (
-        {r["gamma"] + more: r[f"{phase}_seconds"] / r["rounds"] for r in ends}
-        for phase, more in (("draft", 0), ("verify", 1))
-    )
-    costs = Costs(
-        fmean(1 / r["ar_tokens_per_second"] for r in ends),
-        draft,
-        verify,
-        fmean(r["select_seconds"] / r["rounds"] for r in ends),
-    )
-    longest = max(r["gamma"] for r in ends)
+
+def _acceptance_of(runs: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Acceptance by position over several runs, each counted by its rounds."""
+    longest = max(r["gamma"] for r in runs)
     tried, hit = [0.0] * longest, [0.0] * longest
-    for r in ends:
+    for r in runs:
         reached = float(r["rounds"])
         for i, share in enumerate(r["by_position"]):
             tried[i] += reached
             reached *= share
             hit[i] += reached
-    alphas = [h / t if t else 0.0 for h, t in zip(hit, tried, strict=True)]
-    return predict(alphas, gamma, costs).speedup
+    return [h / t if t else 0.0 for h, t in zip(hit, tried, strict=True)]
 
 
 def predicted(
@@ -1237,7 +1247,7 @@ def predicted(
     gammas = ", ".join(map(str, sorted({r["gamma"] for r in rows})))
     caption(
         fig,
-        f"{rows[0]['drafter']}, gamma {gammas} predicted from the next shorter\n"
-        f"and the next longer draft on the same prompt; n = {len(rows)}.\n{origin(about)}",
+        f"{rows[0]['drafter']}, gamma {gammas}: acceptance from other drafts\n"
+        f"on the same prompt, costs from all prompts; n = {len(rows)}.\n{origin(about)}",
     )
     return fig, ax

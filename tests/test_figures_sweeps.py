@@ -174,7 +174,7 @@ def decoded(gamma, speed, accepted=(0.5,), controller=False, sample=0, **more):
     } | more  # fmt: skip
 
 
-def test_a_speedup_is_predicted_from_shorter_and_longer_drafts():
+def test_a_speedup_is_predicted_from_other_draft_lengths():
     runs = [
         decoded(1, 1.3, [0.6]),
         decoded(2, 1.4, [0.6, 0.5]),
@@ -193,6 +193,26 @@ def test_positions_that_only_one_run_reached_count_by_their_rounds():
     (row,) = figures.predictions(runs)
     expected = (1 + 0.3 + 0.3 * 0.5) * 0.1 / (0.02 + 0.104 + 0.001)
     assert row["predicted"] == pytest.approx(expected)
+
+
+def test_a_prediction_takes_acceptance_from_the_prompt_and_costs_from_all_prompts():
+    runs = [
+        decoded(1, 1.0, [0.2]),
+        decoded(2, 1.0, [0.9, 0.9]),  # what is predicted has no part in it
+        decoded(3, 1.0, [0.4, 0.5, 0.5]),
+        decoded(4, 1.0, [0.6, 0.5, 0.5, 0.5], draft_seconds=1e9),  # nor have costs further off
+    ]
+    slow = {"ar_tokens_per_second": 5.0}  # a slower machine: the same in plain steps
+    for sample, times in ((1, 2.0), (2, 2.0), (3, 10.0)):  # and one that was disturbed
+        for gamma in (1, 3):
+            spent = {"draft_seconds": 0.5 * gamma * times, "select_seconds": 0.05 * times}
+            spent["verify_seconds"] = 50 * (0.1 + 0.002 * gamma) * times
+            runs.append(decoded(gamma, 1.0, [0.1] * gamma, sample=sample, **slow, **spent))
+    found = {row["gamma"]: row["predicted"] for row in figures.predictions(runs)}
+    assert set(found) == {2, 3}
+    second = (0.4 + 0.6) * 0.5 / (0.4 + 0.6)
+    expected = (1 + 0.4 + 0.4 * second) * 0.1 / (0.02 + 0.104 + 0.001)
+    assert found[2] == pytest.approx(expected)
 
 
 def test_the_controllers_figures_are_drawn():
