@@ -991,9 +991,10 @@ def _write(path: Path, records: Sequence[Mapping[str, Any]]) -> None:
 def load_all(
     paths: Iterable[str | os.PathLike[str]],
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Records of several files (other texts, the same settings), and the last one's sidecar.
+    """Records of several files (other texts, the same settings), and what they say of themselves.
 
-    Samples are numbered on, so that each prompt keeps a number of its own. See :func:`load`.
+    Samples are numbered on, so that each prompt keeps a number of its own. What is said is the last
+    file's, but for ``runs``, which are all of them. See :func:`load`.
 
     Raises
     ------
@@ -1002,13 +1003,15 @@ def load_all(
     """
     records: list[dict[str, Any]] = []
     about: dict[str, Any] = {}
+    runs: list[dict[str, Any]] = []
     for path in paths:
         found, about = load(path)
+        runs += [run for run in about.get("runs", ()) if run not in runs]
         before = 1 + max((r["sample"] for r in records), default=-1)
         records += [r | {"sample": before + r["sample"]} for r in found]
     if not records:
         raise ValueError("there are no files of a comparison")
-    return records, about
+    return records, about | {"runs": runs}
 
 
 def load(path: str | os.PathLike[str]) -> tuple[list[dict[str, Any]], dict[str, Any]]:

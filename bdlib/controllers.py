@@ -153,12 +153,17 @@ def _read(table: Mapping[int, float], n: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """What the model says of rounds of ``gamma`` drafts: ``tokens`` and ``cost`` of one, speed-up."""
+    """What the model says of rounds of ``gamma`` drafts: ``tokens`` and ``cost`` of one, speed-up.
+
+    ``dearest`` is what a round costs in which all ``gamma`` are drafted; ``cost`` is less where drafts
+    may end early or not be made at all.
+    """
 
     gamma: int
     tokens: float
     cost: float
     speedup: float
+    dearest: float
 
 
 def predict(alpha: Acceptance, gamma: int, costs: Costs, offered: float = 1.0) -> Prediction:
@@ -171,8 +176,9 @@ def predict(alpha: Acceptance, gamma: int, costs: Costs, offered: float = 1.0) -
         the others are plain steps.
     """
     tokens = 1 + offered * (expected_tokens(alpha, gamma) - 1)
-    cost = offered * costs.of_round(gamma) + (1 - offered) * costs.plain
-    return Prediction(gamma, tokens, cost, tokens * costs.plain / cost)
+    whole = costs.of_round(gamma)
+    cost = offered * whole + (1 - offered) * costs.plain
+    return Prediction(gamma, tokens, cost, tokens * costs.plain / cost, whole)
 
 
 def speedup(alpha: Acceptance, gamma: int, costs: Costs) -> float:
@@ -542,7 +548,7 @@ class _Arm:
         asked = min(asked, len(self.emitted.trials))
         for i in range(min(asked, accepted + 1)):
             self.emitted.add(i, i < accepted)
-        for i in range(1, min(asked, drafted + 1)):
+        for i in range(min(asked, drafted + 1)):
             self.going.add(i, i < drafted)
         self._judged += min(drafted, accepted + 1)
         self._agreed += accepted
@@ -677,8 +683,8 @@ class Controller:
             if self._off:
                 self._off, self._streak, self._wait = False, 0, 0
             self._close = best.speedup < (self.CLOSE if self._plain else self.UNSURE)
-            stop = self._stop_below(arm, best)
-            return Choice(best.gamma, arm, self._reason(arm, best), stop)
+            stop_below = self._threshold(arm, options[0], best)
+            return Choice(best.gamma, arm, self._reason(arm, best), stop_below)
         return Choice(1, arm, f"probe: one draft, to see whether it pays now ({self._gain(best)})")
 
     def _stop(self, arm: int, best: Prediction) -> Choice:
@@ -722,16 +728,20 @@ class Controller:
         select = sum(arm.selecting) / len(arm.selecting) if arm.selecting else 0.0
         offered = arm.offers / arm.asked
         emitted, going = arm.emitted.means(optimism), arm.going.means()
-        self._whole = [d + v + select for d, v in zip(draft, verify, strict=True)]
-        out, tokens, reached, come, drafting, falling = [], 1.0, offered, 1.0, self._whole[0], 0
+        out, tokens, reached, falling = [], 1.0, offered, 0
+        come, whole, drafting = (
+            1.0,
+            0.0,
+            0.0,
+        )  # costs of a full draft, and of one that may end early
         for i in range(most):
             reached *= emitted[i]
             tokens += reached
-            if i:
-                come *= going[i]  # drafts that come so far cost this much more
-                drafting += come * (self._whole[i] - self._whole[i - 1])
+            come *= going[i]
+            before, whole = whole, draft[i] + verify[i] + select
+            drafting += come * (whole - before)
             cost = offered * drafting + (1 - offered) * step
-            out.append(Prediction(i + 1, tokens, cost, tokens * step / cost))
+            out.append(Prediction(i + 1, tokens, cost, tokens * step / cost, whole))
             falling = falling + 1 if i and out[i].speedup < out[i - 1].speedup else 0
             if falling == 3:
                 break  # longer drafts only cost more
@@ -745,19 +755,18 @@ class Controller:
     def _affordable(self, option: Prediction, share: float = DRAFTS) -> bool:
         """Whether the account stays within its allowance even if no draft is accepted."""
         allowance = self.settings.max_loss * (self._upfront + self._emitted) / 2
-        cost = self._whole[option.gamma - 1]  # of a draft of full length
-        return self._loss + cost / self._step - 1 <= share * allowance
+        return self._loss + option.dearest / self._step - 1 <= share * allowance
 
-    def _stop_below(self, arm: int, best: Prediction) -> float:
+    def _threshold(self, arm: int, one: Prediction, best: Prediction) -> float:
         """Where a draft should end: the next token costs more time than it is likely to give.
 
-        In the long run a plain step's time is worth ``speedup`` tokens. One more draft costs
+        In the long run a plain step's time is worth ``speedup`` tokens. A draft more than ``one`` costs
         ``more`` plain steps, and gives a token if the draft so far is accepted and it is too. The
         first is a matter of the drafter's probabilities, corrected by :attr:`MODEST`.
         """
         if best.gamma == 1:
             return 0.0
-        more = (self._whole[best.gamma - 1] - self._whole[0]) / (best.gamma - 1) / self._step
+        more = (best.dearest - one.dearest) / (best.gamma - 1) / self._step
         needed = min(0.95, max(0.0, best.speedup * more / self._arms[arm].acceptance))
         return needed ** (1 / self.MODEST)
 
@@ -767,8 +776,8 @@ class Controller:
     def _reason(self, arm: int, best: Prediction) -> str:
         chance = self._arms[arm].emitted.means()[0]
         return (
-            f"draft {best.gamma} by {self._arms[arm].name}: acceptance {chance:.2f}, so"
-            f" {self._gain(best)}, {best.speedup:.2f}x"
+            f"draft {'up to ' * (best.gamma > 1)}{best.gamma} by {self._arms[arm].name}:"
+            f" acceptance {chance:.2f}, so {self._gain(best)}, {best.speedup:.2f}x"
         )
 
     # ---------------------------------------------------------------- after a round

@@ -1107,11 +1107,12 @@ def contests(
     """
     from bdlib import baselines
 
-    found, about = {}, {}
+    found, about, runs = {}, {}, []
     for regime in ("sampling", "chat"):
         paths = sorted(folder.glob(f"fixed_{regime}_*.csv"))
         found[regime], about = baselines.load_all(paths)
-    return found, about
+        runs += about["runs"]
+    return found, about | {"runs": runs}
 
 
 def fixed(
@@ -1142,12 +1143,13 @@ def fixed(
         ax.set_xticks(range(len(straight)), [f"fixed {row['gamma']}" for row in straight])
         ax.set(xlabel="draft length", title=f"{regime}, n = {len(straight[0]['ratios'])}")
     axes[0, 0].set(ylabel="speed with controller over fixed")
-    here, of = about["runs"][0], about["settings"]
+    here, of = about["runs"], about["settings"]
+    commits = ", ".join(dict.fromkeys(run["commit"][:7] for run in here))
     caption(
         fig,
         f"Main drafter, context {of['context']:,}, budget {of['budget']}, all choices in turns on each"
         f" prompt; bars: means and 95 % intervals,\nhollow: an output loops."
-        f" SmolLM2-135M, {here['threads']} threads, seed {of['seed']}, commit {here['commit'][:7]}.",
+        f" SmolLM2-135M, {here[0]['threads']} threads, seed {of['seed']}, commit {commits}.",
     )
     return fig, axes[0]
 

@@ -432,18 +432,23 @@ def test_a_log_serves_policies_that_look_at_less(asked, pair):
 
 
 def test_turns_alternate(asked, pair, monkeypatch):
-    order = []
+    order, seeds = [], []
     decode = Contest.decode
 
     def noting(self, label, prompt, filled, seed=0, new_tokens=None):
         if new_tokens is None:
             order.append(label)
+            seeds.append(seed)
         return decode(self, label, prompt, filled, seed, new_tokens)
 
     monkeypatch.setattr(Contest, "decode", noting)
     (plain, _) = compare(asked(("ngram",), repeats=3, samples=1), pair=pair)
     assert order == ["plain", "ngram", "ngram", "plain", "plain", "ngram"]
     assert plain["speedup"] == 1.0
+    assert seeds == [0] * 6  # greedy turns repeat one text
+    seeds.clear()
+    compare(asked(("ngram",), repeats=3, samples=2, regime="sampling"), pair=pair)
+    assert seeds == [0, 0, 2, 2, 4, 4, 1, 1, 3, 3, 5, 5]  # no text twice
 
 
 # ------------------------------------------------------------------------------- files
@@ -497,6 +502,24 @@ def test_a_stopped_run_goes_on(asked, place, tmp_path, monkeypatch):
         baselines.load(out)
     with pytest.raises(ValueError, match="cannot be read"):
         baselines.load(tmp_path / "none.csv")
+
+
+def test_files_of_several_texts_are_numbered_on(records, tmp_path):
+    for name in ("a", "b"):
+        baselines._write(tmp_path / f"{name}.csv", records)
+        measuring.write_json(
+            tmp_path / f"{name}.json", {"kind": "baselines", "schema": 1, "of": name}
+        )
+    one, _ = baselines.load(tmp_path / "a.csv")
+    both, about = baselines.load_all(sorted(tmp_path.glob("*.csv")))
+    count = len({r["sample"] for r in one})
+    assert [r["sample"] for r in both] == [
+        *(r["sample"] for r in one),
+        *(count + r["sample"] for r in one),
+    ]
+    assert about["of"] == "b"
+    with pytest.raises(ValueError, match="there are no files of a comparison"):
+        baselines.load_all([])
 
 
 def test_numbers_survive_the_file(records, tmp_path):

@@ -234,7 +234,7 @@ def test_it_explains_itself_in_one_sentence():
     assert controller.explain() == "Plain step: the last token is always the target's own."
     good = simulate([(0.9, costs(0.125))], Controller(), tokens=100)
     assert good[0].why.startswith("draft 1 by drafter 0: acceptance 0.60, so 1.60 tokens")
-    assert good[3].why.startswith(f"draft {good[3].gamma} by drafter 0: acceptance 0.")
+    assert good[3].why.startswith(f"draft up to {good[3].gamma} by drafter 0: acceptance 0.")
     assert [r.why for r in good].count("plain step: to learn what one costs") == 1
     for one in good:
         assert one.why

@@ -158,6 +158,32 @@ def test_archive_is_drawn(name):
     assert about["commit"][0] in fig.get_supxlabel()
 
 
+# ------------------------------------------------------------------ from the archive, by one command
+
+
+@pytest.mark.parametrize(
+    ("name", "files"),
+    [
+        ("headline", {"headline"}),
+        ("transfer", {"transfer"}),
+        ("robustness", {"robustness"}),
+        ("refresh", {"refresh"}),
+        ("controller", {"controller", "predicted", "fixed"}),
+        ("speed", {"speed"}),
+    ],
+)
+def test_an_archived_figure_is_drawn_by_one_command(name, files, tmp_path):
+    from typer.testing import CliRunner
+
+    from bdlib.__main__ import app
+
+    out = tmp_path / "headline.png" if name == "headline" else tmp_path
+    done = CliRunner().invoke(app, ["figure", name, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    assert {path.stem for path in tmp_path.glob("*.png")} == files
+    assert min(path.stat().st_size for path in tmp_path.glob("*.png")) > 5000
+
+
 # ------------------------------------------------------------------ the controller, and predictions
 
 
