@@ -25,10 +25,13 @@ afterwards; :class:`Controller` picks it while decoding, without a sweep, or dra
 
 **Drafts that end early.** Text has easy and hard stretches, and a drafter often knows which: a token
 that it gave little probability is seldom accepted. The controller therefore asks for a draft of at
-most so many tokens, to end once the product of the drafter's probabilities falls below a threshold
-(:attr:`bdlib.drafters.Drafter.stop_below`). Ending drafts by confidence is known (Mamou et al., arXiv
-2405.04304; assisted generation in transformers does it); here the threshold is no setting, it follows
-from the costs: a draft ends where one more token costs more time than it is likely to give.
+most so many tokens, to end once it is unlikely to be accepted so far (:class:`bdlib.drafters.Stop`).
+Ending drafts by confidence is known (Mamou et al., arXiv 2405.04304; assisted generation in
+transformers does it); here the threshold is no setting, it follows from the costs: a draft ends where
+one more token costs more time than it is likely to give. And how likely a probability makes a token is
+learned: in greedy decoding the two are nearly the same, but when sampling a token that its drafter
+gave a twentieth is accepted nearly half of the time, because its target may well have given it as
+little.
 
 **The controller.** Contract: it sees only finished rounds, so its choices do not depend on the random
 draws they are made for; where a draft ends depends on the tokens drafted so far, which are kept. So
@@ -49,7 +52,7 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import TYPE_CHECKING
 
-from bdlib.drafters import Drafter, ModelDrafter
+from bdlib.drafters import Drafter, ModelDrafter, Stop, sureness
 
 if TYPE_CHECKING:
     from bdlib.decoding import Round
@@ -322,7 +325,7 @@ class Arms(Drafter):
     def propose(self, last, n, sampling, generator):
         self._last = last
         drafter = self.drafters[self.arm]
-        drafter.stop_below = self.stop_below
+        drafter.stop = self.stop
         return drafter.propose(last, n, sampling, generator)
 
     def commit(self, emitted, accepted):
@@ -412,15 +415,15 @@ class ControllerSettings:
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """What to do in a round: ``gamma`` drafts at most (0: a plain step) by drafter ``arm``, and why.
+    """What to do in a round: ``gamma`` drafts (0: a plain step) by drafter ``arm``, and why.
 
-    ``stop_below`` ends the draft sooner: see :attr:`bdlib.drafters.Drafter.stop_below`.
+    ``stop`` may end the draft before it has ``gamma`` tokens.
     """
 
     gamma: int
     arm: int
     why: str
-    stop_below: float = 0.0
+    stop: Stop | None = None
 
 
 class _Curve:
@@ -495,12 +498,14 @@ class _Rates:
 class _Arm:
     """What is known of one drafter: acceptance by position, how far it drafts, its times.
 
-    A draft may end before it has as many tokens as were asked for: when the drafter is unsure
-    (``stop_below``), or has nothing to say. So two chances are kept for each position: ``emitted``, that
+    A draft may end before it has as many tokens as were asked for: when the drafter is unsure (its
+    ``stop``), or has nothing to say. So two chances are kept for each position: ``emitted``, that
     the draft comes so far *and* is accepted there, given that all before it was, which is what tokens
     come from; and ``going``, that it comes so far, accepted or not, which is what costs come from.
     """
 
+    SHARES = (0.35, 0.5, 0.7, 0.8, 0.9)  # accepted by sureness, until it is known better
+    SHARES_ROUNDS = 4.0  # how many tokens' evidence that is worth
     FAST = 0.8  # fading of the short memory, per round
     ALARM = 3.0  # standard deviations between the two memories that mean a change
     UNLIKELY = 0.0005  # chance of so many rounds in a row with nothing accepted that means a change
@@ -513,6 +518,8 @@ class _Arm:
         self.emitted = _Rates(most, settings.prior, rounds, chain=12.0)
         self.going = _Rates(most, 1.0, rounds, chain=4.0)
         self._judged, self._agreed = rounds, rounds * settings.prior  # drafts that were looked at
+        # A matter of the drafter and of how tokens are chosen, not of the text: it does not fade.
+        self._sure = [[self.SHARES_ROUNDS, self.SHARES_ROUNDS * share] for share in self.SHARES]
         self._fast_trials = self._fast_hits = self._fast_squares = 0.0
         self._misses, self._before = 0, settings.prior
         self.asked, self.offers = 1.0, 1.0  # as if it had proposed once
@@ -539,7 +546,7 @@ class _Arm:
         """Keep the means, and let them weigh no more than this many rounds."""
         self.emitted.scale(rounds / max(rounds, self.emitted.trials[0]))
 
-    def learn(self, asked: int, drafted: int, accepted: int) -> bool:
+    def learn(self, asked: int, drafted: int, accepted: int, chances: Sequence[float] = ()) -> bool:
         """Take in a round; whether the last few contradict what was known: the text has changed."""
         self.asked = self.asked * self._keep + 1
         self.offers = self.offers * self._keep + (drafted > 0)
@@ -552,6 +559,10 @@ class _Arm:
             self.going.add(i, i < drafted)
         self._judged += min(drafted, accepted + 1)
         self._agreed += accepted
+        for i, probability in enumerate(chances[: accepted + 1]):
+            seen = self._sure[sureness(probability)]
+            seen[0] += 1
+            seen[1] += i < accepted
         trials, hits = self.emitted.trials, self.emitted.hits
         self._fast_trials = self._fast_trials * self.FAST + 1
         self._fast_hits = self._fast_hits * self.FAST + (accepted > 0)
@@ -577,6 +588,11 @@ class _Arm:
         """Chance that a drafted token is accepted, given that all before it were; at any position."""
         return self._agreed / self._judged
 
+    @property
+    def shares(self) -> tuple[float, ...]:
+        """Share of accepted tokens by how sure the drafter was of them, as :class:`Stop` wants them."""
+        return tuple(hits / trials for trials, hits in self._sure)
+
 
 class Controller:
     """Chooses, round by round, how many tokens to draft, by which drafter, or to draft nothing.
@@ -601,7 +617,6 @@ class Controller:
     UNSURE = 1.3  # the same while no plain step has been timed
     UNTIMED = 4  # rounds after which the first plain step is taken, however large the gain looks
     DISTURBED = 1.5  # of its usual time: what is above that is not the drafts' doing
-    MODEST = 0.8  # tokens of probability q are accepted about as often as q to this power
     UPFRONT = 128  # tokens for which half of the allowance is there at the start
     FIRST = Choice(0, 0, "plain step: to learn what one costs")
 
@@ -683,8 +698,8 @@ class Controller:
             if self._off:
                 self._off, self._streak, self._wait = False, 0, 0
             self._close = best.speedup < (self.CLOSE if self._plain else self.UNSURE)
-            stop_below = self._threshold(arm, options[0], best)
-            return Choice(best.gamma, arm, self._reason(arm, best), stop_below)
+            stop = self._stop_of(arm, options[0], best)
+            return Choice(best.gamma, arm, self._reason(arm, best), stop)
         return Choice(1, arm, f"probe: one draft, to see whether it pays now ({self._gain(best)})")
 
     def _stop(self, arm: int, best: Prediction) -> Choice:
@@ -757,18 +772,17 @@ class Controller:
         allowance = self.settings.max_loss * (self._upfront + self._emitted) / 2
         return self._loss + option.dearest / self._step - 1 <= share * allowance
 
-    def _threshold(self, arm: int, one: Prediction, best: Prediction) -> float:
+    def _stop_of(self, arm: int, one: Prediction, best: Prediction) -> Stop | None:
         """Where a draft should end: the next token costs more time than it is likely to give.
 
         In the long run a plain step's time is worth ``speedup`` tokens. A draft more than ``one`` costs
-        ``more`` plain steps, and gives a token if the draft so far is accepted and it is too. The
-        first is a matter of the drafter's probabilities, corrected by :attr:`MODEST`.
+        ``more`` plain steps, and gives a token if the draft so far is accepted and it is too.
         """
         if best.gamma == 1:
-            return 0.0
+            return None
         more = (best.dearest - one.dearest) / (best.gamma - 1) / self._step
-        needed = min(0.95, max(0.0, best.speedup * more / self._arms[arm].acceptance))
-        return needed ** (1 / self.MODEST)
+        needed = best.speedup * more / self._arms[arm].acceptance
+        return Stop(min(0.95, max(1e-3, needed)), self._arms[arm].shares)
 
     def _gain(self, best: Prediction) -> str:
         return f"{best.tokens:.2f} tokens for {best.cost / self._step:.2f} plain steps"
@@ -802,7 +816,7 @@ class Controller:
         for other in self._arms:
             (other.fade if other is arm else other.forget)()
         arm.stale = 0
-        if arm.learn(self._choice.gamma, drafted, one.accepted):
+        if arm.learn(self._choice.gamma, drafted, one.accepted, one.chances):
             for other in self._arms:
                 other.doubt(self.DOUBT)
         if arm.rounds:  # the first selection is not like the others
@@ -871,8 +885,8 @@ def simulate(
     controller
         Who chooses; ``None`` drafts ``gamma`` tokens by ``arm`` in every round, fewer by ``stop_below``.
     sure
-        Whether drafters know their chances token by token, so that ``stop_below`` can end a draft;
-        without that they know nothing, and it ends none.
+        Whether drafters know their chances token by token, so that a draft can end early; without that
+        they know nothing, and none does.
     noise
         Standard deviation of the logarithm of every time.
     seed
@@ -885,7 +899,7 @@ def simulate(
     if controller is not None:
         controller.start([f"drafter {i}" for i in range(len(arms))], tokens)
     rounds, done = [], 0
-    fixed = Choice(gamma, arm, "fixed", stop_below)
+    fixed = Choice(gamma, arm, "fixed", Stop(stop_below) if stop_below else None)
     while done < tokens:
         choice = fixed if controller is None else controller.choose(tokens - done)
         n = min(choice.gamma, tokens - done - 1)
@@ -894,9 +908,10 @@ def simulate(
             acceptance = acceptance(done)
         expected_tokens(acceptance, n)  # refuses what is no acceptance
         chances = [acceptance] * n if isinstance(acceptance, int | float) else acceptance
-        if sure:  # the draft ends with the token that makes it unlikely
-            likely = itertools.accumulate(chances[:n], operator.mul)
-            n = next((i for i, chance in enumerate(likely, 1) if chance < choice.stop_below), n)
+        told = tuple(chances[:n]) if sure and choice.stop is not None else ()
+        if told:  # the draft ends with the token that makes it unlikely
+            likely = itertools.accumulate(map(choice.stop.chance, told), operator.mul)
+            n = next((i for i, chance in enumerate(likely, 1) if chance < choice.stop.below), n)
         accepted = 0
         while accepted < n and coins[done + accepted] < chances[accepted]:
             accepted += 1
@@ -908,7 +923,7 @@ def simulate(
         kind = "plain" if not n else "bonus" if accepted == n else "corrected"
         one = Round(
             len(rounds), (0,) * n, accepted, (0,) * (accepted + 1), kind, seconds,
-            gamma=choice.gamma, why=choice.why,
+            gamma=choice.gamma, why=choice.why, chances=told[:n],
         )  # fmt: skip
         if controller is not None:
             controller.record(one)

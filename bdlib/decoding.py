@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bdlib.cache import KVCache
 from bdlib.controllers import Arms, Controller, label
-from bdlib.drafters import Drafter, Proposal, prefill
+from bdlib.drafters import Drafter, Proposal, Stop, prefill
 from bdlib.sampling import Sampling, verify
 from bdlib.selection import check_whole
 from bdlib.transformer import Decoder
@@ -58,7 +58,7 @@ class Round:
     why
         A controller's reason for this choice; empty without one.
     chances
-        The drafter's probabilities of its tokens, where ``stop_below`` made it look at them.
+        The drafter's probabilities of its tokens, where a :class:`bdlib.drafters.Stop` made it look.
     """
 
     index: int
@@ -152,7 +152,7 @@ def decode(
         Tokens drafted per round, unless a controller chooses.
     stop_below
         End a draft sooner, once the product of the drafter's own probabilities of its tokens falls
-        below this (:attr:`bdlib.drafters.Drafter.stop_below`); 0 never does. A controller sets its own.
+        below this (:class:`bdlib.drafters.Stop`); 0 never does. A controller sets its own.
     controller
         Chooses ``gamma`` anew for every round, 0 included, and among :class:`bdlib.controllers.Arms` the
         drafter. Output stays lossless. When sampling, a seed no longer repeats the output: what is
@@ -218,7 +218,7 @@ def _rounds(
     nothing = Proposal(torch.empty(0, dtype=torch.int64, device=target.device))
     asked, arm, why, drafting_rounds, done = gamma if arms else 0, 0, "", 0, None
     if drafter is not None:
-        drafter.stop_below = stop_below
+        drafter.stop = Stop(stop_below) if stop_below else None
     while True:
         start = cache.length
         proposal = nothing
@@ -227,7 +227,7 @@ def _rounds(
                 controller.record(done)
             choice = controller.choose(left)
             asked, arm, why = choice.gamma, choice.arm, choice.why
-            drafter.stop_below = choice.stop_below
+            drafter.stop = choice.stop
             if isinstance(drafter, Arms):
                 drafter.use(arm)
         if asked:

@@ -7,7 +7,7 @@ only its speed.
 
 from __future__ import annotations
 
-import math
+import bisect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,12 +29,54 @@ class Proposal:
     """Drafted token ids ``[n]`` and the distributions ``[n, V]`` they were drawn from.
 
     ``probs`` is ``None`` when the drafter was certain (a point mass on each token). ``chances`` are the
-    probabilities that it gave its tokens, where :attr:`Drafter.stop_below` made it look at them.
+    probabilities that it gave its tokens, where :attr:`Drafter.stop` made it look at them.
     """
 
     tokens: Tensor
     probs: Tensor | None = None
     chances: tuple[float, ...] = ()
+
+
+SURENESS = (0.25, 0.5, 0.75, 0.9)
+"""Where a drafter's probabilities are cut into ranges, from unsure to sure."""
+
+
+def sureness(probability: float) -> int:
+    """The range of :data:`SURENESS` that a drafter's probability of its token is in, from 0."""
+    return bisect.bisect(SURENESS, probability)
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a draft ends before it has as many tokens as were asked for.
+
+    It ends after the token with which the product of its tokens' chances falls below ``below``: what
+    follows would hardly be accepted. Whether token ``j + 1`` is drafted depends on tokens 1 to ``j``
+    alone, and those are kept, so output stays lossless.
+
+    Attributes
+    ----------
+    below
+        A chance, above 0 and below 1.
+    shares
+        A token's chance to be accepted by the probability that its drafter gave it, one for each range
+        of :data:`SURENESS`; ``()`` takes the probability itself.
+    """
+
+    below: float
+    shares: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 0 < self.below < 1:
+            raise ValueError(f"below {self.below} must be a chance above 0 and below 1")
+        if self.shares and len(self.shares) != len(SURENESS) + 1:
+            raise ValueError(
+                f"{len(self.shares)} shares were given, there are {len(SURENESS) + 1} ranges"
+            )
+
+    def chance(self, probability: float) -> float:
+        """The chance that a token is accepted to which the drafter gave this probability."""
+        return self.shares[sureness(probability)] if self.shares else probability
 
 
 class Drafter(ABC):
@@ -45,11 +87,9 @@ class Drafter(ABC):
     """The policy whose queries the *target's* cache must log for this drafter."""
     taps: tuple[int, ...] = ()
     """Layers of the target whose output its cache must keep for this drafter."""
-    stop_below: float = 0.0
-    """Set by the decoder before each draft. A draft ends after the token with which the product of the
-    drafter's own probabilities of its tokens falls below this: what follows would hardly be accepted.
-    Whether token ``j + 1`` is drafted depends on tokens 1 to ``j`` alone, and those are kept, so output
-    stays lossless. Drafters without such probabilities ignore it."""
+    stop: Stop | None = None
+    """Set by the decoder before each draft: when to end it early. Drafters that give their tokens no
+    probabilities ignore it."""
 
     @abstractmethod
     def start(self, prompt: Tensor, cache: KVCache, capacity: int) -> None:
@@ -112,26 +152,27 @@ def _draft(
     sampling: Sampling,
     generator: torch.Generator | None,
     states: Tensor | None = None,
-    stop_below: float = 0.0,
+    stop: Stop | None = None,
 ) -> Proposal:
     """Run ``model`` token by token for ``n`` drafts, after taking in the ``pending`` tokens.
 
     ``states`` ``[pending, C]`` are what a feature-conditioned model reads beside the pending tokens;
-    beside its own drafts it reads its own output. ``stop_below``: see :class:`Drafter`; in greedy
-    decoding the probabilities are those at temperature 1.
+    beside its own drafts it reads its own output. ``stop`` may end the draft early; in greedy decoding
+    the probabilities that it goes by are those at temperature 1.
     """
     step = min(len(pending), getattr(cache, "budget", len(pending)))
     tokens = torch.tensor([pending], device=model.device)
     for first in range(0, len(pending), step):
         part = slice(first, first + step)
         hidden = _run(model, tokens[:, part], cache, None if states is None else states[part])
-    drafted, probs, chances = [], [], []
+    drafted, probs, chances, reached = [], [], [], 1.0
     for i in range(n):
         logits = model.logits(hidden[:, -1:])[:, 0]
         token, row = sampling.draw(logits, generator)
-        if stop_below:
+        if stop is not None:
             own = torch.softmax(logits, -1) if row is None else row
             chances.append(float(own[0, token]))
+            reached *= stop.chance(chances[-1])
         if model.vocabulary is not None:  # from rows of the head to token ids
             token = model.vocabulary[token]
             if row is not None:
@@ -139,7 +180,7 @@ def _draft(
                 row = whole.index_copy_(1, model.vocabulary, row)
         drafted.append(token)
         probs.append(row)
-        if i + 1 == n or math.prod(chances) < stop_below:
+        if i + 1 == n or (stop is not None and reached < stop.below):
             break
         state = None if states is None else hidden[0, -1:]
         hidden = _run(model, token[:, None], cache, state)
@@ -180,9 +221,7 @@ class SelfDrafter(Drafter):
     def propose(self, last, n, sampling, generator):
         self._catch_up()
         self._round_start = self.cache.length
-        return _draft(
-            self.target, self.cache, [last], n, sampling, generator, stop_below=self.stop_below
-        )
+        return _draft(self.target, self.cache, [last], n, sampling, generator, stop=self.stop)
 
     def follow(self, last: int, emitted: list[int]) -> None:
         pass  # the entries are in the target's cache whenever they are wanted
@@ -339,7 +378,7 @@ class ModelDrafter(Drafter):
         self._base = start + len(self._pending)
         states = self._states(start, len(self._pending))
         return _draft(
-            self.model, self.cache, self._pending, n, sampling, generator, states, self.stop_below
+            self.model, self.cache, self._pending, n, sampling, generator, states, self.stop
         )
 
     def commit(self, emitted: list[int], accepted: int) -> None:

@@ -11,8 +11,16 @@ import torch
 
 from bdlib import baselines, models
 from bdlib.controllers import Controller, ControllerSettings, Costs, round_seconds, simulate
-from bdlib.decoding import GREEDY, generate
-from bdlib.drafters import Drafter, ModelDrafter, NGramDrafter, Proposal, SelfDrafter, prefill
+from bdlib.decoding import GREEDY, Round, generate
+from bdlib.drafters import (
+    Drafter,
+    ModelDrafter,
+    NGramDrafter,
+    Proposal,
+    SelfDrafter,
+    Stop,
+    prefill,
+)
 from bdlib.sampling import Sampling
 from bdlib.selection import make_policy
 
@@ -22,7 +30,7 @@ WINDOW = make_policy("sink_window")
 def proposal(drafter, target, prompt, n, sampling, stop_below):
     drafter.start(prompt, prefill(target, prompt, 32, taps=drafter.taps), 32)
     drafter.select(0)
-    drafter.stop_below = stop_below
+    drafter.stop = Stop(stop_below) if stop_below else None
     with torch.inference_mode():
         return drafter.propose(int(prompt[-1]), n, sampling, torch.Generator().manual_seed(3))
 
@@ -78,7 +86,7 @@ def tapped(drafter, target, prompt):
 
     drafter.start(prompt, prefill(target, prompt, 32, taps=drafter.taps), 32)
     drafter.select(0)
-    drafter.stop_below = 0.0
+    drafter.stop = None
     model.logits = watch
     try:
         with torch.inference_mode():
@@ -125,7 +133,7 @@ class Picky(Drafter):
         self.inner.select(rounds)
 
     def propose(self, last, n, sampling, generator):
-        self.inner.stop_below = self.stop_below
+        self.inner.stop = self.stop
         made = self.inner.propose(last, n, sampling, generator)
         keep = len(made.tokens) - 1 if len(made.tokens) < n else n
         return Proposal(made.tokens[:keep], made.probs[:keep])
@@ -181,6 +189,58 @@ def chi_square(counts, wanted):
     observed = torch.cat((counts[likely], counts[~likely].sum()[None]))
     expected = torch.cat((wanted[likely], wanted[~likely].sum()[None]))
     return chisquare(observed.numpy(), expected.numpy()).pvalue
+
+
+# ------------------------------------------------------------------ what a probability is worth
+
+
+def test_a_stop_goes_by_shares_where_it_has_them():
+    bare, learned = Stop(0.3), Stop(0.3, (0.5, 0.6, 0.7, 0.8, 0.9))
+    for probability, share in ((0.0, 0.5), (0.3, 0.6), (0.5, 0.7), (0.89, 0.8), (1.0, 0.9)):
+        assert bare.chance(probability) == probability
+        assert learned.chance(probability) == share
+    for wrong in (0.0, 1.0):
+        with pytest.raises(ValueError, match=f"below {wrong} must be a chance above 0"):
+            Stop(wrong)
+    with pytest.raises(ValueError, match="2 shares were given, there are 5 ranges"):
+        Stop(0.3, (0.5, 0.9))
+
+
+def test_a_draft_ends_by_shares():
+    """Unsure tokens that are accepted nearly always do not end a draft; hopeless ones do at once."""
+    target, made = drafters()
+    prompt, lengths = torch.tensor([1, 4, 2, 7, 3, 1, 4]), []
+    for shares in ((0.99,) * 5, (0.9,) * 5, (0.1,) * 5):
+        made[1].start(prompt, prefill(target, prompt, 32), 32)
+        made[1].select(0)
+        made[1].stop = Stop(0.75, shares)
+        with torch.inference_mode():
+            lengths.append(len(made[1].propose(int(prompt[-1]), 8, GREEDY, None).tokens))
+    assert lengths == [8, 3, 1]  # 0.9 ** 3 is the first power below 0.75
+
+
+def test_a_controller_learns_what_a_probability_is_worth():
+    """As when sampling: half of the unsure tokens are accepted, and most of the sure ones."""
+    controller, rng = Controller(ControllerSettings(max_gamma=4)), random.Random(1)
+    controller.start(["drafter"], 4000)
+    for index in range(400):
+        choice = controller.choose(4000 - 2 * index)
+        chances = [rng.choice((0.05, 0.95)) for _ in range(choice.gamma)]
+        accepted = 0
+        while accepted < len(chances) and rng.random() < (0.5 if chances[accepted] < 0.5 else 0.9):
+            accepted += 1
+        n = len(chances)
+        parts = {"prefill": 0.0, "draft": 0.0015 * n, "select": 0.0, "verify": 0.02 + 0.0006 * n}
+        told = tuple(chances) if choice.stop is not None else ()
+        done = Round(
+            index, (0,) * n, accepted, (0,) * (accepted + 1), "", parts, gamma=n, chances=told
+        )
+        controller.record(done)
+    while (stop := controller.choose(100).stop) is None:
+        controller.record(done)
+    assert stop.shares[0] == pytest.approx(0.5, abs=0.07)
+    assert stop.shares[4] == pytest.approx(0.9, abs=0.05)
+    assert 0.1 < stop.below < 0.5
 
 
 # ------------------------------------------------------------------ the controller's use of it
