@@ -717,10 +717,9 @@ def _one_prompt(
     turns: list[dict[str, Outcome]] = []
     for repeat in range(settings.repeats):
         turn = {}
-        seed = (
-            settings.seed + index
-        )  # when sampling, another text each turn: times average over them
-        seed += 0 if contest.measured.sampling.greedy else repeat * settings.samples
+        seed = settings.seed + index
+        if not contest.measured.sampling.greedy:  # another text each turn: times average over them
+            seed += repeat * settings.samples
         for label in labels if repeat % 2 == 0 else reversed(labels):
             say(f"prompt {index + 1} of {settings.samples}, turn {repeat + 1}: {label}")
             turn[label] = contest.decode(label, prompt, filled, seed)

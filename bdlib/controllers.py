@@ -744,11 +744,8 @@ class Controller:
         offered = arm.offers / arm.asked
         emitted, going = arm.emitted.means(optimism), arm.going.means()
         out, tokens, reached, falling = [], 1.0, offered, 0
-        come, whole, drafting = (
-            1.0,
-            0.0,
-            0.0,
-        )  # costs of a full draft, and of one that may end early
+        come = 1.0
+        whole = drafting = 0.0  # costs of a full draft, and of one that may end early
         for i in range(most):
             reached *= emitted[i]
             tokens += reached

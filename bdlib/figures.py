@@ -1017,11 +1017,9 @@ def controller(
                 found = _where(steered, regime=regime, policy=policy, context=context)
                 middle = x + 0.4 * (i - (len(policies) - 1) / 2)
                 for looping in (False, True):
-                    own = sorted(r["speedup_decode"] for r in found if r["looping"] == looping)
+                    own = [r["speedup_decode"] for r in found if r["looping"] == looping]
                     gap = min(0.03, 0.3 / max(1, len(own)))
-                    spread = [middle + gap * (n - len(own) / 2) for n in range(len(own))]
-                    style = {"color": CYCLE[i], "mfc": "none" if looping else CYCLE[i], "ms": 6}
-                    ax.plot(spread, own, MARKERS[i], label="" if looping else policy, **style)
+                    _column(ax, middle, own, gap, i, looping, label="" if looping else policy)
                 straight = [r["speedup_decode"] for r in found if not r["looping"]]
                 if straight:
                     ax.plot([middle - 0.17, middle + 0.17], [median(straight)] * 2, "k", lw=2)
@@ -1038,6 +1036,16 @@ def controller(
         f"{about['threads'][0]} threads. {origin(about)}",
     )
     return fig, axes[0]
+
+
+def _column(
+    ax: Axes, x: float, values: Iterable[float], gap: float, i: int, hollow: bool, label: str = ""
+) -> None:
+    """Marks of the i-th look around ``x``, ascending, each ``gap`` further right."""
+    values = sorted(values)
+    spread = [x + gap * (n - len(values) / 2) for n in range(len(values))]
+    style = {"color": CYCLE[i], "mfc": "none" if hollow else CYCLE[i], "ms": 6}
+    ax.plot(spread, values, MARKERS[i], label=label, **style)
 
 
 def against_fixed(
@@ -1058,8 +1066,8 @@ def against_fixed(
     list of dict
         For each fixed length, shortest first: ``gamma``; ``ratios``, the controller's speed over its on
         each prompt; ``over``, their mean as a :class:`bdlib.measure.Interval`; ``mean`` and ``median``
-        of its own speed-up over plain decoding. Then the controller itself: ``gamma`` ``None``, ``over``
-        its ratio of means to the greatest of those means. Nothing, if there are no such prompts.
+        of its own speed-up over plain decoding. Then the controller: ``gamma`` ``None``, ``mean`` and
+        ``median``, and ``over``, its mean by the greatest of those means. Nothing without such prompts.
 
     Raises
     ------
@@ -1084,18 +1092,20 @@ def against_fixed(
         raise ValueError(
             "no prompt was decoded both with a controller and with a fixed draft length"
         )
-    rows: list[dict[str, Any]] = []
-    for gamma in (*map(str, lengths), baselines.AUTO):
-        gains = [own[gamma]["speedup"] for own in kept]
-        ratios = [
-            own[baselines.AUTO]["tokens_per_second"] / own[gamma]["tokens_per_second"]
-            for own in kept
-        ]
-        row = {"gamma": int(gamma) if gamma.isdecimal() else None, "ratios": ratios}
-        rows.append(row | {"mean": fmean(gains), "median": median(gains)})
-        rows[-1]["over"] = measure.interval(ratios)
-    rows[-1]["over"] = rows[-1]["mean"] / max(row["mean"] for row in rows[:-1])
-    return rows
+
+    def row(length: str) -> dict[str, Any]:
+        gains = [own[length]["speedup"] for own in kept]
+        return {"mean": fmean(gains), "median": median(gains)}
+
+    rows = []
+    for gamma in lengths:
+        pairs = ((own[baselines.AUTO], own[str(gamma)]) for own in kept)
+        ratios = [steered["tokens_per_second"] / r["tokens_per_second"] for steered, r in pairs]
+        over = measure.interval(ratios)
+        rows.append(row(str(gamma)) | {"gamma": gamma, "ratios": ratios, "over": over})
+    steered = row(baselines.AUTO)
+    best = max(one["mean"] for one in rows)
+    return [*rows, steered | {"gamma": None, "over": steered["mean"] / best}]
 
 
 def contests(
@@ -1127,13 +1137,10 @@ def fixed(
 
     fig, axes = plt.subplots(1, len(contests), figsize=(10, 4.2), sharey=True, squeeze=False)
     for ax, (regime, records) in zip(axes[0], contests.items(), strict=True):
-        straight = against_fixed(records)[:-1]
-        for looping in (False, True):
-            for x, row in enumerate(against_fixed(records, looping)[:-1]):
-                own = sorted(row["ratios"])
-                spread = [x + 0.02 * (n - len(own) / 2) for n in range(len(own))]
-                style = {"color": CYCLE[x], "mfc": "none" if looping else CYCLE[x], "ms": 6}
-                ax.plot(spread, own, MARKERS[x], **style)
+        straight, loops = (against_fixed(records, looping)[:-1] for looping in (False, True))
+        for hollow, rows in ((False, straight), (True, loops)):
+            for x, row in enumerate(rows):
+                _column(ax, x, row["ratios"], 0.02, x, hollow)
         for x, row in enumerate(straight):
             over = row["over"]
             ax.errorbar(

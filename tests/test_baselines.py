@@ -16,7 +16,6 @@ from bdlib.decoding import generate
 from bdlib.drafters import ModelDrafter, Proposal, prefill
 from bdlib.hierarchy import HierarchyDrafter
 from bdlib.pairs import load_pair
-from bdlib.sampling import Sampling
 from bdlib.selection import make_policy
 
 NEW = 24
@@ -118,41 +117,6 @@ def test_two_levels_are_perfect_where_both_models_are_the_target(target):
     assert drafter.inner_rounds == 6
 
 
-def chances(target, prompt, count):
-    """The target's distribution of the next ``count`` tokens, by enumeration ``[V ** count]``."""
-    size = target.config.vocab_size
-    texts = torch.cartesian_prod(*[torch.arange(size)] * count)
-    with torch.inference_mode():
-        whole = torch.cat((prompt.expand(len(texts), -1), texts), 1)
-        probs = torch.softmax(target(whole), -1)
-    wanted = torch.ones(len(texts), dtype=torch.float64)
-    for i in range(count):
-        wanted *= probs[torch.arange(len(texts)), len(prompt) - 1 + i, texts[:, i]]
-    return wanted
-
-
-def chi_square(drafter, target, prompt, runs, gamma=3):
-    from scipy.stats import chisquare
-
-    count, size = 3, target.config.vocab_size
-    wanted = chances(target, prompt, count)
-    generator = torch.Generator().manual_seed(5)
-    counts = torch.zeros(len(wanted), dtype=torch.float64)
-    cache = prefill(target, prompt, 16)
-    for _ in range(runs):
-        cache.rewind(len(prompt) - 1)
-        result = generate(
-            target, prompt, drafter, cache=cache, gamma=gamma, max_new_tokens=count + 1,
-            sampling=Sampling(1.0), generator=generator,
-        )  # fmt: skip
-        a, b, c = result.tokens[:count]
-        counts[size * (size * a + b) + c] += 1
-    likely = wanted * runs >= 5
-    observed = torch.cat((counts[likely], counts[~likely].sum()[None]))
-    expected = torch.cat((wanted[likely], wanted[~likely].sum()[None])) * runs
-    return chisquare(observed.numpy(), expected.numpy()).pvalue
-
-
 class Shifted(HierarchyDrafter):
     """Hands over each token with the distribution of its neighbour: no longer lossless."""
 
@@ -170,7 +134,7 @@ def test_two_levels_sample_from_the_target(kind, lossless):
     target.head.weight *= 2
     window, prompt = make_policy("sink_window"), torch.tensor([1, 3, 2, 0, 1, 1, 2, 3, 0])
     drafter = kind(target, window, 4, small, window, 3, 1)
-    p = chi_square(drafter, target, prompt, 400)
+    p = tiny.chi_square(drafter, target, prompt, 400)
     assert (p > 1e-3) if lossless else (p < 1e-6)
 
 

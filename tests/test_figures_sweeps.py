@@ -292,7 +292,7 @@ def test_a_controller_beside_fixed_lengths_by_hand():
     assert two["over"].mean == pytest.approx(1.1)
     assert (two["mean"], four["mean"], own["mean"]) == pytest.approx((1.35, 1.5, 1.5))
     assert own["over"] == pytest.approx(1.0)  # 1.5 beside the greater of two means
-    assert [row["ratios"] for row in figures.against_fixed(CONTEST, True)][:2] == [[2.0], [1.6]]
+    assert [row["ratios"] for row in figures.against_fixed(CONTEST, True)[:2]] == [[2.0], [1.6]]
     assert len(figures.against_fixed(CONTEST, None)[0]["ratios"]) == 3
     with pytest.raises(ValueError, match="no prompt was decoded both with a controller"):
         figures.against_fixed(contest(0, {"auto": 18.0}))

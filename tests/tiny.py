@@ -57,6 +57,47 @@ def greedy(target, prompt, count, stops=()):
     return tokens[len(prompt) :]
 
 
+def chances(target, prompt, count):
+    """The target's distribution of the next ``count`` tokens, by enumeration ``[V ** count]``."""
+    size = target.config.vocab_size
+    texts = torch.cartesian_prod(*[torch.arange(size)] * count)
+    with torch.inference_mode():
+        whole = torch.cat((prompt.expand(len(texts), -1), texts), 1)
+        probs = torch.softmax(target(whole), -1)
+    wanted = torch.ones(len(texts), dtype=torch.float64)
+    for i in range(count):
+        wanted *= probs[torch.arange(len(texts)), len(prompt) - 1 + i, texts[:, i]]
+    return wanted
+
+
+def chi_square(drafter, target, prompt, runs, gamma=3, see=lambda result: None, **settings):
+    """p-value of the first three sampled tokens against :func:`chances`; ``see`` gets each result."""
+    from scipy.stats import chisquare
+
+    from bdlib.decoding import generate
+    from bdlib.drafters import prefill
+    from bdlib.sampling import Sampling
+
+    count, size = 3, target.config.vocab_size
+    wanted = chances(target, prompt, count)
+    generator = torch.Generator().manual_seed(5)
+    counts = torch.zeros(len(wanted), dtype=torch.float64)
+    cache = prefill(target, prompt, 16)
+    for _ in range(runs):
+        cache.rewind(len(prompt) - 1)
+        result = generate(
+            target, prompt, drafter, cache=cache, gamma=gamma, max_new_tokens=count + 1,
+            sampling=Sampling(1.0), generator=generator, **settings,
+        )  # fmt: skip
+        see(result)
+        a, b, c = result.tokens[:count]
+        counts[size * (size * a + b) + c] += 1
+    likely = wanted * runs >= 5
+    observed = torch.cat((counts[likely], counts[~likely].sum()[None]))
+    expected = torch.cat((wanted[likely], wanted[~likely].sum()[None])) * runs
+    return chisquare(observed.numpy(), expected.numpy()).pvalue
+
+
 def words(ids):
     """The text that the tokenizer of :func:`save_folder` reads as these ids."""
     return " ".join(f"w{i}" for i in ids)
