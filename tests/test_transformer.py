@@ -475,8 +475,8 @@ def test_a_damaged_folder_is_one_clear_error(folder, tmp_path, what):
 )
 def test_freed_memory_stays_with_the_process_in_training_and_goes_back_after():
     code = """
-import resource, torch
-from bdlib.transformer import keeping_freed
+import os, resource, torch
+from bdlib.transformer import give_back, keeping_freed
 
 def faults(count):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -484,9 +484,8 @@ def faults(count):
         torch.ones(1 << 22)  # 16 MB, 4,096 pages
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
-def resident():  # of the heap: pages of files come and go with the memory of the machine
-    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return int(status["RssAnon"].split()[0]) >> 10
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE") >> 20
 
 faults(1)
 start = resident()
@@ -494,11 +493,20 @@ with keeping_freed():
     faults(1)
     print(faults(20), resident() - start)
 print(faults(20), resident() - start)
+give_back()
+print(resident() - start)
 """
-    lines = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-    (kept, held), (returned, left) = (map(int, line.split()) for line in lines)
-    assert held >= 15  # MB
+    # In one process of four a small object comes to lie above an array in the heap (addresses and hashes
+    # are drawn at random). Freed, the array is a hole there, and the next one fills it until memory is
+    # given back, as after each piece of a prompt.
+    for _ in range(3):
+        lines = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.splitlines()
+        (kept, held), (returned, left), (given,) = (map(int, line.split()) for line in lines)
+        assert given < 8
+        assert held >= 15  # MB
+        if left < 8:
+            break
     assert left < 8
     assert returned > 4 * kept + 20  # kept: the same pages twenty times, cleared once
