@@ -146,6 +146,9 @@ def measure(
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from the best so many tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 1.0,
+    verification: Annotated[
+        str, typer.Option(help="When sampling, drafts are checked as a block, or by token.")
+    ] = "block",
     seed: Annotated[int, typer.Option(help="Chooses windows and what sampling draws.")] = 0,
     dtype: Annotated[str, typer.Option(help="auto, bfloat16, float32 or float64.")] = "auto",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
@@ -175,6 +178,7 @@ def measure(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        verification=verification,
         seed=seed,
         dtype=dtype,
         device=device,

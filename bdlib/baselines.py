@@ -309,7 +309,7 @@ class Transformers:
 
         how: dict[str, Any] = {"do_sample": not sampling.greedy}
         if how["do_sample"]:
-            how |= asdict(sampling)
+            how |= {name: getattr(sampling, name) for name in ("temperature", "top_k", "top_p")}
         # generate falls back on the model's own settings: they must not end a text, nor name a token
         # for padding. An assistant is given no mask, and would make one that leaves such tokens out.
         self.model.generation_config = GenerationConfig()

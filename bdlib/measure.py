@@ -71,6 +71,7 @@ FIELDS = {
     "temperature": "0 is greedy",
     "top_k": "0 is off",
     "top_p": "1 is off",
+    "verification": "how drafts were checked when sampling: block (as a whole) or token (one by one)",
     "seed": "chooses the texts and windows, and with `sample` what sampling draws",
     "repeats": "runs of each kind; times are medians over them",
     "acceptance_rate": "accepted over drafted tokens; null when nothing was drafted",
@@ -163,6 +164,8 @@ class MeasureSettings:
     chat
         Ask for a summary of the passage in the chat template, and stop at a stop token. Otherwise
         continue plain text for exactly ``new_tokens``.
+    verification
+        When sampling, how drafts are checked: see :class:`bdlib.sampling.Sampling`.
     repeats
         Runs of each kind per sample. The tokens are the same each time; times become medians.
     """
@@ -181,6 +184,7 @@ class MeasureSettings:
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
+    verification: str = "block"
     seed: int = 0
     dtype: str = "auto"
     device: str = "auto"
@@ -208,7 +212,7 @@ class MeasureSettings:
         """The :class:`bdlib.sampling.Sampling` of these settings."""
         from bdlib.sampling import Sampling
 
-        return Sampling(self.temperature, self.top_k, self.top_p)
+        return Sampling(self.temperature, self.top_k, self.top_p, self.verification)
 
     def make_controller(self) -> Controller | None:
         """A controller that drafts up to ``gamma`` tokens, if these settings ask for one."""

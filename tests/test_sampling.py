@@ -1,6 +1,7 @@
 """Sampling is exact: by enumerating every coin on a small vocabulary, and by chi-square in full.
 
-Both checks are also given wrong rules, and must refuse them.
+Both checks are also given wrong rules, and must refuse them. First comes verification token by token,
+then that of whole drafts.
 """
 
 import itertools
@@ -16,7 +17,8 @@ from bdlib.drafters import ModelDrafter, NGramDrafter, SelfDrafter, prefill
 from bdlib.sampling import Sampling, multinomial, verify
 from bdlib.selection import make_policy
 
-PLAIN = Sampling(temperature=1.0)
+PLAIN = Sampling(temperature=1.0, verification="token")
+BLOCK = Sampling(temperature=1.0)
 COINS = 16  # chances below are multiples of 1/16, so 16 coins stand for all of [0, 1)
 TARGET = torch.tensor([[2, 8, 5, 1], [4, 4, 0, 8], [16, 0, 0, 0]], dtype=torch.float64) / 16
 TARGET_AFTER = torch.tensor([[1, 3, 12, 0], [10, 2, 2, 2], [8, 8, 0, 0], [4, 4, 4, 4]]) / 16.0
@@ -166,6 +168,141 @@ def test_greedy_accepts_while_the_draft_is_the_argmax():
         assert verify(torch.tensor(drafted, dtype=torch.int64), None, rows, Sampling()) == expected
 
 
+# ------------------------------------------------------------------ a draft as a block, exactly
+
+
+def chain(shift, size=3):
+    """Random distributions of the token after each text, ``shift`` apart from another chain's."""
+
+    def after(text):
+        made = torch.Generator().manual_seed(sum((t + 1) * 5**i for i, t in enumerate(text)))
+        common = torch.rand(size, generator=made, dtype=torch.float64)
+        own = torch.rand(size, generator=made.manual_seed(made.initial_seed() + shift)).double()
+        return torch.softmax(2 * common + 1.5 * own, -1)
+
+    return after
+
+
+def emissions(verified, length, target, draft, monkeypatch):
+    """Exact distribution ``[V] * 3`` of three tokens from one round, and its mean of accepted tokens.
+
+    ``length`` says of a draft's tokens so far whether it ends with them. What a round leaves open, the
+    target's own distribution fills.
+    """
+    found = torch.zeros((3,) * 3, dtype=torch.float64)
+    mean = 0.0
+    drafts, ended = [()], []
+    while drafts:
+        text = drafts.pop()
+        if text and length(text):
+            ended.append(text)
+        else:
+            drafts += [(*text, x) for x in range(3)]
+    for text in ended:
+        n, start = len(text), range(len(text))
+        probs = torch.stack([draft(text[:i]) for i in start])
+        rows = torch.stack([target(text[:i]) for i in range(n + 1)])
+        weight = float(torch.stack([probs[i, text[i]] for i in start]).prod())
+        drafted = torch.tensor(text)
+        chances, _ = sampling.block_chances(drafted, probs, rows)
+        for passes in itertools.product((True, False), repeat=n):
+            # Any coin below a chance stands for all of them, and so does any above it.
+            sides = torch.tensor(passes)
+            share = float(torch.where(sides, chances, 1 - chances).prod())
+            coins = torch.where(sides, chances / 2, (1 + chances) / 2)
+            drawn = []
+            with monkeypatch.context() as patch:
+                patch.setattr(torch, "rand", lambda *a, coins=coins, **k: coins)
+                patch.setattr(
+                    sampling, "multinomial", lambda p, g, drawn=drawn: drawn.append(p) or p.argmax()
+                )
+                accepted, _ = verified(drafted, probs, rows.log(), BLOCK)
+            mean += weight * share * accepted
+            for extra, chance in enumerate((drawn[0] / drawn[0].sum()).tolist()):
+                so_far = (*text[:accepted], extra)[:3]
+                ways = {so_far: weight * share * chance}
+                while len(next(iter(ways))) < 3:
+                    ways = {
+                        (*t, x): c * float(target(t)[x]) for t, c in ways.items() for x in range(3)
+                    }
+                for t, c in ways.items():
+                    found[t] += c
+    return found, mean
+
+
+def exact(target):
+    found = torch.zeros((3,) * 3, dtype=torch.float64)
+    for text in itertools.product(range(3), repeat=3):
+        found[text] = math.prod(float(target(text[:i])[text[i]]) for i in range(3))
+    return found
+
+
+LENGTHS = {
+    "two": lambda text: len(text) == 2,
+    "three": lambda text: len(text) == 3,
+    "by its tokens": lambda text: text[-1] == 0 or len(text) == 3,
+}
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("shift", [1, 7, 0])
+def test_a_block_emits_the_targets_distribution(monkeypatch, length, shift):
+    """Also where the tokens decide how long a draft is; with shift 0 both models are the same."""
+    target, draft = chain(0), chain(shift)
+    found, mean = emissions(verify, LENGTHS[length], target, draft, monkeypatch)
+    assert torch.allclose(found, exact(target), atol=1e-12, rtol=0)
+    if not shift and length == "three":
+        assert mean == pytest.approx(3)  # and then every token is accepted
+
+
+def without_weights(drafted, draft_probs, logits, settings, generator=None):
+    """A mistake: a block's chances, but what is left is taken as if single tokens had been checked."""
+    chances, _ = sampling.block_chances(drafted, draft_probs, settings.probs(logits))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "block_chances", lambda *a: (chances, torch.ones_like(chances)))
+        return verify(drafted, draft_probs, logits, settings, generator)
+
+
+def test_a_block_with_the_wrong_residual_is_noticed(monkeypatch):
+    found, _ = emissions(without_weights, LENGTHS["three"], chain(0), chain(1), monkeypatch)
+    assert not torch.allclose(found, exact(chain(0)), atol=1e-5, rtol=0)
+
+
+def test_a_block_accepts_more_the_papers_example():
+    """Two letters, p = (1/3, 2/3), q = (2/3, 1/3), two drafts: 11/9 tokens instead of 10/9."""
+    q, p, mean = torch.tensor([2, 1]).double() / 3, torch.tensor([1, 2]).double() / 3, 0.0
+    by_token = 0.0
+    for text in itertools.product(range(2), repeat=2):
+        drafted, rows = torch.tensor(text), p.expand(3, 2)
+        chances, weights = sampling.block_chances(drafted, q.expand(2, 2), rows)
+        first, both = chances.tolist()
+        share = float(q[list(text)].prod())
+        mean += share * (2 * both + (1 - both) * first)
+        single = (p / q)[drafted].clamp_max(1)
+        by_token += share * float(single[0] + single.prod())
+        assert weights[0] == 1
+    assert by_token == pytest.approx(10 / 9)
+    assert mean == pytest.approx(11 / 9)
+
+
+def test_a_block_never_accepts_less(monkeypatch):
+    for shift in range(1, 12):
+        target, draft = chain(0), chain(shift)
+        _, mean = emissions(verify, LENGTHS["three"], target, draft, monkeypatch)
+        by_token = 0.0
+        for text in itertools.product(range(3), repeat=3):
+            reached = share = 1.0
+            for i, x in enumerate(text):
+                p, q = float(target(text[:i])[x]), float(draft(text[:i])[x])
+                share *= q
+                reached *= min(1.0, p / q)
+                text_so_far = math.prod(float(draft(text[:j])[text[j]]) for j in range(i + 1))
+                by_token += reached * text_so_far / 3 ** (2 - i)
+        assert mean >= by_token - 1e-12
+        if shift == 1:
+            assert mean > by_token + 0.01
+
+
 # ------------------------------------------------------------------ warping
 
 
@@ -228,6 +365,7 @@ def test_draws_follow_their_generator():
         ({"top_p": 0.0}, r"top_p 0.0 must be in \(0, 1\]"),
         ({"top_p": 1.1}, r"top_p 1.1 must be in \(0, 1\]"),
         ({"top_p": float("nan")}, "top_p nan must be in"),
+        ({"verification": "all"}, "verification 'all' must be one of block, token"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
@@ -303,6 +441,7 @@ def chi_square(target, drafter, settings, seed=0):
     ("drafter", "settings"),
     [
         ("model", Sampling(1.0)),
+        ("model", Sampling(1.0, verification="token")),
         ("model", Sampling(0.7, top_k=3)),
         ("model", Sampling(1.4, top_p=0.8)),
         ("self", Sampling(1.3, top_k=4, top_p=0.9)),
