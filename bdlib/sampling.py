@@ -134,10 +134,9 @@ def verify(
     coins = torch.rand(n, generator=generator, device=logits.device, dtype=logits.dtype)
     if block:
         chances, weights = block_chances(drafted, draft_probs, target_probs)
-        passed = (coins < chances).nonzero()
-        accepted = (
-            int(passed[-1, 0]) + 1 if passed.numel() else 0
-        )  # the longest beginning that passed
+        passed = (coins < chances).nonzero()  # the longest beginning of these is accepted
+        accepted = int(passed[-1, 0]) + 1 if passed.numel() else 0
+        weight = weights[accepted]
     else:
         rows = torch.arange(n, device=drafted.device)
         chances = target_probs[rows, drafted]
@@ -145,14 +144,14 @@ def verify(
             chances = chances / draft_probs[rows, drafted]
         rejected = (coins >= chances).nonzero()
         accepted = int(rejected[0, 0]) if rejected.numel() else n
+        weight = 1.0
     if accepted == n:
         return n, int(multinomial(target_probs[-1], generator))
-    residual = target_probs[accepted].clone()
     if draft_probs is None:
+        residual = target_probs[accepted].clone()
         residual[drafted[accepted]] = 0.0
     else:
-        residual = residual * weights[accepted] if block else residual
-        residual = (residual - draft_probs[accepted]).clamp_min_(0)
+        residual = (weight * target_probs[accepted] - draft_probs[accepted]).clamp_min_(0)
     if not residual.sum() > 0:  # rounding only: a rejection has probability 0 when they are equal
         residual = target_probs[accepted]
     return accepted, int(multinomial(residual, generator))
@@ -161,7 +160,7 @@ def verify(
 def block_chances(
     drafted: Tensor, draft_probs: Tensor, target_probs: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Block verification (Sun et al., arXiv 2403.10444, algorithm 2): ``(chances [n], weights [n])``.
+    """Block verification (Sun et al., arXiv 2403.10444, algorithm 2): ``(chances [n], weights [n + 1])``.
 
     Beginnings of the draft of 1 to ``n`` tokens each pass with a chance of their own, and the longest
     that passes is accepted. With the weight of a beginning ``w_i = min(1, w_{i-1} p(x_i) / q(x_i))``,
@@ -181,7 +180,7 @@ def block_chances(
 
     Returns
     -------
-    Chances of the beginnings of 1 to ``n`` tokens, and the weights ``w_0`` to ``w_{n - 1}``.
+    Chances of the beginnings of 1 to ``n`` tokens, and the weights ``w_0`` to ``w_n``.
     """
     n = drafted.shape[0]
     rows = torch.arange(n, device=drafted.device)
@@ -190,7 +189,7 @@ def block_chances(
     for ratio in ratios:
         kept.append(min(1.0, kept[-1] * ratio))
     weights = target_probs.new_tensor(kept)
-    left = (weights[:n, None] * target_probs[:n] - draft_probs).clamp_min_(0).sum(-1)[1:]
+    left = (weights[1:n, None] * target_probs[1:n] - draft_probs[1:]).clamp_min_(0).sum(-1)
     # 0 / 0: both models agree on what follows a beginning of weight 1, so it passes with what follows.
     chances = torch.where(left > 0, left / (left + 1 - weights[1:n]), weights[1:n].floor())
-    return torch.cat((chances, weights[n:])), weights[:n]
+    return torch.cat((chances, weights[n:])), weights

@@ -93,8 +93,8 @@ LECTURE = (
         8,
         Settings(context=1024, temperature=1.0),
         "Run it, twice: it samples, on from a novel, so the text differs. A small model, trained to"
-        " say what the target says; a draft is accepted with probability min(1, p/q). Compare the"
-        " tokens a round and the speed with steps 2 and 3.",
+        " say what the target says; a draft is accepted by how p compares with q. Compare the tokens a"
+        " round and the speed with steps 2 and 3.",
     ),
     Preset(
         "5 Squeeze the budget",
