@@ -13,14 +13,16 @@ output in place of the target's.
 
 A drafter's folder holds ``drafter.json`` (shape, layers, provenance), ``drafter.safetensors`` (its own
 weights; the target's frozen embedding is not copied) and ``README.md``, a model card. Matrices are
-stored in 8 bits with a scale a row, half the size of bfloat16, and come back in the asked dtype.
+stored in 8 bits with a scale a row, half the size of bfloat16, and come back in the asked dtype. A
+drafter that was trained on from another with some weights frozen holds the others alone, and names the
+folder beside its own (``base``) that has the rest.
 """
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -269,9 +271,21 @@ def _own_weights(drafter: Decoder) -> dict[str, Tensor]:
 
 
 def save_drafter(
-    drafter: Decoder, folder: str | Path, card: str, provenance: Mapping[str, Any] | None = None
+    drafter: Decoder,
+    folder: str | Path,
+    card: str,
+    provenance: Mapping[str, Any] | None = None,
+    base: str | Path | None = None,
+    shared: Collection[str] = (),
 ) -> None:
-    """Write a drafter's folder; each file under a temporary name first."""
+    """Write a drafter's folder; each file under a temporary name first.
+
+    Parameters
+    ----------
+    base, shared
+        Folder of the drafter that has the weights named ``shared``, and its draft vocabulary: they are
+        not written again.
+    """
     from safetensors.torch import save_file
 
     from bdlib import assets
@@ -280,6 +294,8 @@ def save_drafter(
     folder.mkdir(parents=True, exist_ok=True)
     weights = {}
     for name, tensor in _own_weights(drafter).items():
+        if base is not None and (name in shared or name == "vocabulary"):
+            continue
         if tensor.dim() == 2 and tensor.is_floating_point() and not name.endswith("norm"):
             scale = tensor.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
             weights[name] = (tensor.float() / scale).round().to(torch.int8)
@@ -290,9 +306,13 @@ def save_drafter(
         "schema": SCHEMA,
         "kind": "feature" if isinstance(drafter, FeatureDecoder) else "standalone",
         "taps": list(getattr(drafter, "taps", ())),
+        "reach": drafter.reach,
         "config": drafter.config.to_hf(torch.bfloat16),
         "provenance": dict(provenance or {}),
     }
+    if base is not None:
+        base = Path(base)
+        meta["base"] = {"folder": base.name, "sha256": assets.sha256_of(base / WEIGHTS_FILE)}
     with assets.replacing(
         folder / WEIGHTS_FILE
     ) as scratch:  # one in another: all are written first
@@ -332,6 +352,26 @@ def _check_shape(folder: Path, name: str, tensor: Tensor, wanted: tuple[int, ...
         )
 
 
+def _weights_of_base(folder: Path, name: str, wanted: str) -> dict[str, Tensor]:
+    """The weights of the drafter beside ``folder`` that the one in it was trained on from."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from bdlib import assets
+
+    file = folder.resolve().parent / Path(name).name / WEIGHTS_FILE
+    try:
+        weights = load_file(file)
+        found = assets.sha256_of(file)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{folder} holds only what differs from {name!r}, whose folder must lie beside it: {error}"
+        ) from error
+    if found != wanted:
+        raise ValueError(f"{folder} goes with another {name!r}: sha256 {wanted}, found {found}")
+    return weights
+
+
 def load_drafter(
     folder: str | Path, target: Decoder, dtype: torch.dtype | None = None, pack: bool = True
 ) -> Decoder:
@@ -366,7 +406,10 @@ def load_drafter(
     try:
         config = DecoderConfig.from_hf(meta["config"])
         feature, taps = meta["kind"] == "feature", tuple(meta["taps"])
-    except (KeyError, TypeError, AttributeError) as error:
+        reach, base = int(meta.get("reach", 0)), meta.get("base")
+        if base is not None:
+            base = base["folder"], base["sha256"]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"{folder / CONFIG_FILE} is damaged: {error!r}") from error
     for name in ("vocab_size", "hidden_size"):
         if getattr(config, name) != getattr(target.config, name):
@@ -374,8 +417,12 @@ def load_drafter(
                 f"{folder}: the drafter's {name} is {getattr(config, name)},"
                 f" the target's {getattr(target.config, name)}"
             )
-    # Positions and their scaling are the target's: YaRN, when it is used, stretches both.
-    config = replace(config, max_positions=target.config.max_positions, rope=target.config.rope)
+    if base is not None:
+        weights = {**_weights_of_base(folder, *base), **weights}
+    # Positions and their scaling are the target's: YaRN, when it is used, stretches both. A drafter of
+    # short reach stays within the positions that it was trained on.
+    rope = config.rope if reach else target.config.rope
+    config = replace(config, max_positions=target.config.max_positions, rope=rope)
     vocabulary = weights.pop("vocabulary", None)
     scales = {k: weights.pop(k) for k in list(weights) if k.endswith(SCALE)}
     for name, scale in scales.items():
@@ -410,6 +457,7 @@ def load_drafter(
     drafter.vocabulary = None if vocabulary is None else vocabulary.long().to(target.device)
     if vocabulary is None and config.tie_embeddings:
         drafter.head.weight = drafter.embedding
+    drafter.reach = reach
     drafter.requires_grad_(False)
     del weights, state  # packing copies: what is not held here is freed as it goes
     return drafter.pack() if pack else drafter

@@ -64,8 +64,10 @@ class Recipe:
     revised
         Choose the draft vocabulary of such a drafter again, by the tokens of this recipe's windows: the
         target's own answers have words that no old novel has.
-    top, last
-        See :class:`bdlib.teacher.TeacherSettings`.
+    frozen
+        Weights of that drafter that are not trained, nor saved again.
+    top, last, reach
+        See :class:`bdlib.teacher.TeacherSettings`. A drafter with a reach keeps it when it decodes.
     """
 
     name: str
@@ -82,8 +84,10 @@ class Recipe:
     own: tuple[ContinuationSettings, ...] = ()
     start: str | None = None
     revised: bool = False
+    frozen: tuple[str, ...] = ()
     top: int = 32
     last: int | None = None
+    reach: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -98,6 +102,11 @@ class Recipe:
             raise ValueError(
                 f"revised True needs a drafter to go on from and rows, got start {self.start!r} and"
                 f" rows {self.rows!r}"
+            )
+        if self.frozen and (self.start is None or self.revised):
+            raise ValueError(
+                f"frozen {self.frozen} needs a drafter to go on from whose vocabulary stays, got start"
+                f" {self.start!r} and revised {self.revised}"
             )
 
 
@@ -309,6 +318,34 @@ RECIPES: dict[str, Recipe] = {
             revised=True,
         ),
         Recipe(
+            "budgetdraft-feature-long",
+            "The same drafter, trained on with windows of 16K of which the target reads all, it 4K.",
+            replace(
+                _FEATURE,
+                objective=Objective("kl", "kl", 1.0),
+                share=0.2,
+                steps=400,
+                warmup=20,
+                lr=5e-4,
+            ),
+            kind="feature",
+            windows={16_384: 16, 8192: 8, 4096: 16},
+            own=(
+                ContinuationSettings(
+                    4, length=16_384, answer=320, temperature=0.6, batch=4, seed=21, spoken=0.5
+                ),
+                ContinuationSettings(
+                    8, length=4096, answer=320, temperature=0.6, batch=8, seed=22, spoken=0.4
+                ),
+                ContinuationSettings(
+                    8, length=512, answer=384, batch=64, seed=23, source="passage", pack=8
+                ),
+            ),
+            start="budgetdraft-feature-gpu",
+            frozen=("head.weight",),
+            reach=4096,
+        ),
+        Recipe(
             "quick",
             "budgetdraft-feature-novels, a toy: a few steps on one novel, to watch a loss fall in a minute.",
             replace(
@@ -363,9 +400,20 @@ def load(recipe: Recipe, device: str = "auto", dtype: str = "auto") -> Pair:
     """The recipe's pair, its matrices not packed, so that a drafter can be cut from it."""
     from bdlib.pairs import load_pair
 
-    return load_pair(
-        recipe.pair, device=device, dtype=dtype, context=max(recipe.windows), pack=False
-    )
+    # A drafter of short reach reads windows of all lengths at the positions it has: the target is then
+    # stretched for those windows alone that need it.
+    context = max(recipe.windows) if recipe.reach is None else recipe.reach
+    return load_pair(recipe.pair, device=device, dtype=dtype, context=context, pack=False)
+
+
+def _stretched(recipe: Recipe, pair: Pair, length: int) -> Pair:
+    """The pair, its target stretched if windows of ``length`` need it and the recipe's drafter does not."""
+    if recipe.reach is None or length <= pair.target.config.max_positions:
+        return pair
+    from bdlib.pairs import load_pair
+
+    place, dtype = pair.device.type, str(pair.dtype).removeprefix("torch.")
+    return load_pair(recipe.pair, device=place, dtype=dtype, context=length, pack=False)
 
 
 def targets(
@@ -382,39 +430,42 @@ def targets(
     compute some.
     """
     taps = recipe.taps if recipe.kind == "feature" else ()
-    settings = teacher.TeacherSettings(recipe.top, taps, recipe.last)
+    settings = teacher.TeacherSettings(recipe.top, taps, recipe.last, recipe.reach)
     wanted = []
     for form, lengths in (("", recipe.windows), ("spoken", recipe.spoken)):
         for length, count in lengths.items():
             source = f"{recipe.text}{form and ' as speech'}, windows of {length}, seed {length}"
-            cut = functools.partial(_windows, recipe, pair, length, count, bool(form))
+            cut = functools.partial(_windows, recipe, length, count, bool(form))
             name = f"{form and 'spoken-'}{_slug(recipe.text)}-{length}x{count}"
-            wanted.append((name, count, source, cut))
+            wanted.append((name, length, count, source, cut))
     for own in recipe.own:
         source = f"own text of {recipe.pair} about {recipe.text}, {own}"
-        cut = functools.partial(_own_windows, recipe, pair, own, progress)
+        cut = functools.partial(_own_windows, recipe, own, progress)
         length = own.pack * own.length
         name = f"own-{own.source}-{_slug(recipe.text)}-{length}x{own.windows}"
-        wanted.append((name, own.windows, source, cut))
+        wanted.append((name, length, own.windows, source, cut))
     stores = []
-    for number, (name, count, source, cut) in enumerate(wanted):
+    for number, (name, length, count, source, cut) in enumerate(wanted):
         if only is not None and number not in only:
             continue
+        if recipe.reach is not None and length > recipe.reach:
+            name += f"-reach-{recipe.reach}"
         place = Path(folder) / (name + ("-features" if taps else ""))
         if not taps and (Path(folder) / f"{name}-features" / "teacher.json").is_file():
             place = Path(folder) / f"{name}-features"  # holds all that is needed, and more
         found = _existing(place, count, settings, source)
         if found is None:
-            found = teacher.compute(pair.target, cut(), place, settings, progress, source)
+            by = _stretched(recipe, pair, length)
+            found = teacher.compute(by.target, cut(by), place, settings, progress, source)
         stores.append(found)
     return stores
 
 
 def _own_windows(
     recipe: Recipe,
-    pair: Pair,
     own: ContinuationSettings,
     progress: Callable[[int, int], None] | None,
+    pair: Pair,
 ) -> torch.Tensor:
     from bdlib import corpora
 
@@ -436,6 +487,8 @@ def _existing(
     has = store.meta["settings"]
     fits = store.meta["source"] == source
     fits = fits and (has["top"], has.get("last")) == (wanted.top, wanted.last)
+    read = store.windows.shape[1]
+    fits = fits and (has.get("reach") or read) == (wanted.reach or read)
     fits = fits and (not wanted.taps or tuple(has["taps"]) == wanted.taps)
     return store if fits and store.done == len(store.windows) == count else None
 
@@ -444,9 +497,7 @@ def _slug(text: str) -> str:
     return "".join(c if c.isalnum() else "-" for c in Path(text).name)
 
 
-def _windows(
-    recipe: Recipe, pair: Pair, length: int, count: int, as_speech: bool = False
-) -> torch.Tensor:
+def _windows(recipe: Recipe, length: int, count: int, as_speech: bool, pair: Pair) -> torch.Tensor:
     from bdlib import corpora
 
     if recipe.text == "pg19":
@@ -482,9 +533,13 @@ def untrained(recipe: Recipe, pair: Pair) -> Decoder:
 
     target, rows = pair.target, None
     if recipe.start is not None:
-        return models.trainable(
+        made = models.trainable(
             models.load_drafter(_start(recipe), target, torch.float32, pack=False)
         )
+        made.reach = recipe.reach or 0
+        for name in recipe.frozen:
+            made.get_parameter(name).requires_grad_(False)
+        return made
     if recipe.kind == "hub":
         if pair.drafter is None:
             raise ValueError(f"recipe {recipe.name!r}: the pair {pair.name!r} has no second model")
@@ -503,6 +558,7 @@ def untrained(recipe: Recipe, pair: Pair) -> Decoder:
         made = models.conditioned_on(target, recipe.taps, rows)
     else:
         made = models.cut_from(target, recipe.layers, rows)
+    made.reach = recipe.reach or 0
     return made.to(pair.device)
 
 
@@ -576,7 +632,9 @@ def save(recipe: Recipe, trainer: Trainer, out: Path) -> Path:
         with assets.replacing(folder / "README.md") as scratch:
             scratch.write_text(card(recipe, provenance), encoding="utf8")
     else:
-        models.save_drafter(trainer.model, folder, card(recipe, provenance), provenance)
+        base = _start(recipe) if recipe.frozen else None
+        about = card(recipe, provenance)
+        models.save_drafter(trainer.model, folder, about, provenance, base, recipe.frozen)
     if (out / LOG).is_file():
         with assets.replacing(folder / LOG) as scratch:
             shutil.copyfile(out / LOG, scratch)
@@ -606,6 +664,8 @@ def card(recipe: Recipe, provenance: dict[str, Any]) -> str:
         ("as transcripts", f"windows of {recipe.spoken}" if recipe.spoken else "none"),
         ("own text", ", ".join(f"{o.windows} {o.source} windows" for o in recipe.own) or "none"),
         ("begins from", recipe.start or "nothing"),
+        ("not trained", ", ".join(recipe.frozen) or "the embedding"),
+        ("reads of a prompt", f"{recipe.reach:,} tokens" if recipe.reach else "all"),
         (
             "trained for",
             f"{provenance['steps']:,} of {s.steps:,} steps, {provenance['tokens']:,} tokens",

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from bdlib import assets
 from bdlib.cache import KVCache
+from bdlib.drafters import HEAD, check_reach
 from bdlib.objectives import TeacherTarget
 from bdlib.transformer import Decoder
 
@@ -47,13 +48,19 @@ class TeacherSettings:
     last
         Keep the targets of the last so many positions only; ``None`` keeps all. (The paper trains on
         256 of 16,384.) Features are always kept for all positions.
+    reach
+        Keep of a longer window what a drafter of this reach reads of it, its first
+        :data:`bdlib.drafters.HEAD` tokens and its last; the target reads all. ``None`` keeps all.
     """
 
     top: int = 32
     taps: tuple[int, ...] = ()
     last: int | None = None
+    reach: int | None = None
 
     def __post_init__(self) -> None:
+        if self.reach is not None:
+            check_reach(self.reach)
         if self.last is not None and self.last < 1:
             raise ValueError(f"last {self.last} must be None (all positions) or at least 1")
         if self.top < 1:
@@ -193,7 +200,8 @@ def compute(
     settings = settings or TeacherSettings()
     stacked = torch.stack(list(windows)) if not isinstance(windows, Tensor) else windows
     kind = np.uint16 if target.config.vocab_size <= 1 << 16 else np.uint32
-    tokens = stacked.numpy().astype(kind)
+    whole = stacked.numpy().astype(kind)
+    tokens = whole[:, _read_by_drafter(whole.shape[1], settings.reach)]
     folder = Path(folder)
     kept = min(settings.last or tokens.shape[1], tokens.shape[1])
     shapes = {
@@ -210,7 +218,7 @@ def compute(
         "settings": json.loads(json.dumps(asdict(settings))),
         "model": json.loads(json.dumps(target.config.to_hf(target.dtype))),
         "weights": _weights_digest(target),
-        "windows": digest(tokens),
+        "windows": digest(whole),
         "shape": list(tokens.shape),
         "source": source,
         "arrays": list(shapes),
@@ -279,28 +287,46 @@ def _write_done(folder: Path, done: int) -> None:
         np.save(file, np.int64(done))
 
 
+def _read_by_drafter(length: int, reach: int | None) -> np.ndarray:
+    """Positions of a window of ``length`` that a drafter of this reach reads, ascending."""
+    positions = np.arange(length)
+    unread = max(0, length - reach) if reach else 0
+    return np.concatenate((positions[:HEAD], positions[HEAD + unread :])) if unread else positions
+
+
 @torch.inference_mode()
 def _one_window(
     target: Decoder, tokens: Tensor, settings: TeacherSettings, arrays: dict, window: int
 ) -> None:
     taps = settings.taps
     cache = KVCache(target.config, tokens.shape[0], 1, target.dtype, target.device, taps=taps)
-    missing = tokens.shape[0] - arrays["ids"].shape[1]
+    positions = _read_by_drafter(len(tokens), settings.reach)
+    missing = len(positions) - arrays["ids"].shape[1]  # at the front, whose targets are not kept
+    if taps:
+        # Slot t reads the state of the position before it in the text, also after what is not read.
+        stated = positions.copy()
+        stated[:-1] = positions[1:] - 1
     piece = PIECE if target.device.type == "cpu" else GPU_PIECE
     for first in range(0, tokens.shape[0], piece):
-        part = slice(first, min(first + piece, tokens.shape[0]))
-        hidden = target.hidden(tokens[None, part].to(target.device), cache)
-        unwanted = max(0, missing - first)  # positions at the front whose targets are not kept
+        last = min(first + piece, tokens.shape[0])
+        hidden = target.hidden(tokens[None, first:last].to(target.device), cache)
         if taps:
-            features = cache.features(part.start, part.stop)[0].to(torch.bfloat16)  # [n, taps, C]
-            arrays["features"][window, part] = features.view(torch.int16).cpu().numpy()
-        if unwanted >= hidden.shape[1]:
+            rows, here = _within(stated, first, last)
+            features = cache.features(first, last)[0][here].to(torch.bfloat16)  # [n, taps, C]
+            arrays["features"][window, rows] = features.view(torch.int16).cpu().numpy()
+        rows, here = _within(positions[missing:], first, last)
+        if not len(here):
             continue
-        logits = target.logits(hidden[:, unwanted:])[0]  # [n, V]
+        logits = target.logits(hidden[:, here])[0]  # [n, V]
         best, ids = logits.topk(settings.top, -1)
         if not torch.isfinite(best).all():
             raise ValueError(f"window {window}: the target's logits are not numbers")
         logp = best - logits.logsumexp(-1, keepdim=True)
-        rows = slice(part.start + unwanted - missing, part.stop - missing)
         arrays["ids"][window, rows] = ids.cpu().numpy()
         arrays["logp"][window, rows] = logp.cpu().numpy()
+
+
+def _within(positions: np.ndarray, first: int, last: int) -> tuple[slice, Tensor]:
+    """Which of ascending ``positions`` lie in ``first..last - 1``, and where in that piece they are."""
+    low, high = np.searchsorted(positions, (first, last))
+    return slice(int(low), int(high)), torch.from_numpy(positions[low:high] - first)

@@ -432,11 +432,17 @@ class Decoder(nn.Module):
     ----------
     config
         Shape and numerics. Parameters are uninitialised: use :meth:`load` or :meth:`random`.
+
+    Attributes
+    ----------
+    reach
+        Tokens of a prompt that it reads as a drafter (:class:`bdlib.drafters.ModelDrafter`); 0: all.
     """
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
         self.config = config
+        self.reach = 0
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_layers))
         self.final_norm = nn.Parameter(torch.ones(config.hidden_size))
