@@ -329,10 +329,10 @@ RECIPES: dict[str, Recipe] = {
                 lr=5e-4,
             ),
             kind="feature",
-            windows={16_384: 16, 8192: 8, 4096: 16},
+            windows={16_384: 14, 8192: 8, 4096: 14},
             own=(
                 ContinuationSettings(
-                    4, length=16_384, answer=320, temperature=0.6, batch=4, seed=21, spoken=0.5
+                    3, length=16_384, answer=320, temperature=0.6, batch=3, seed=21, spoken=0.4
                 ),
                 ContinuationSettings(
                     8, length=4096, answer=320, temperature=0.6, batch=8, seed=22, spoken=0.4
@@ -412,8 +412,9 @@ def _stretched(recipe: Recipe, pair: Pair, length: int) -> Pair:
         return pair
     from bdlib.pairs import load_pair
 
+    # Nothing is cut from this one: it may be packed.
     place, dtype = pair.device.type, str(pair.dtype).removeprefix("torch.")
-    return load_pair(recipe.pair, device=place, dtype=dtype, context=length, pack=False)
+    return load_pair(recipe.pair, device=place, dtype=dtype, context=length)
 
 
 def targets(
