@@ -143,6 +143,10 @@ def measure(
     refresh: Annotated[
         int | None, typer.Option(help="Select entries anew every so many rounds.")
     ] = None,
+    reach: Annotated[
+        int | None,
+        typer.Option(help="Tokens of the prompt a second model reads; 0: all; else as trained."),
+    ] = None,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_k: Annotated[int, typer.Option(help="Sample from the best so many tokens; 0: all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Sample from this much probability.")] = 1.0,
@@ -175,6 +179,7 @@ def measure(
         samples=samples,
         new_tokens=new_tokens,
         refresh=refresh,
+        reach=reach,
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,

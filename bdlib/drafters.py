@@ -146,6 +146,24 @@ def check_reach(reach: object) -> None:
         )
 
 
+def positions_read(length: int, reach: int) -> tuple[Tensor, Tensor]:
+    """What a drafter reads of ``length`` tokens: their positions, and whose states its slots leave.
+
+    Slot ``t`` of a feature-conditioned drafter reads the target's state one position earlier in the
+    text. So the second tensor, shifted by a slot, is right also where tokens were left out.
+
+    Returns
+    -------
+    Two tensors ``[min(length, reach)]``, ascending (``[length]`` with a reach of 0).
+    """
+    positions = torch.arange(length)
+    if reach and length > reach:
+        positions = torch.cat((positions[:HEAD], positions[HEAD + length - reach :]))
+    stated = positions.clone()
+    stated[:-1] = positions[1:] - 1
+    return positions, stated
+
+
 def _run(
     model: Decoder, tokens: Tensor, cache: KVCache | SparseKVCache, states: Tensor | None
 ) -> Tensor:

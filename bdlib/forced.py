@@ -24,7 +24,7 @@ from torch import Tensor
 
 from bdlib import measure
 from bdlib.decoding import GREEDY
-from bdlib.drafters import NGramDrafter, prefill
+from bdlib.drafters import HEAD, NGramDrafter, positions_read, prefill
 from bdlib.models import FeatureDecoder
 from bdlib.selection import make_policy
 from bdlib.transformer import Decoder
@@ -142,18 +142,24 @@ def walk(
     )
     probs = torch.softmax(target.logits(hidden)[0].float(), -1)  # [positions, V]
     best = probs.argmax(-1)
-    starts = list(range(length - positions, length, block))
     ngram = _ngram_agreement(window, best.tolist())
     for name, drafter in drafters.items():
         states, x, steps = None, None, 1
+        read, stated = (t.to(target.device) for t in positions_read(length, drafter.reach))
+        if len(read) < positions + HEAD:
+            raise ValueError(
+                f"positions {positions} do not fit into drafter {name!r}'s reach of {drafter.reach}"
+            )
+        tokens = window[read]
+        starts = list(range(len(read) - positions, len(read), block))
         if isinstance(drafter, FeatureDecoder):
             chosen = [taps.index(t) for t in drafter.taps]
-            states = drafter.states_of(cache.features(0, length)[0][:, chosen])
-            x, steps = drafter.inputs(window[None], states[None]), draft_steps
-        stream = full_stream(drafter, window, x)
+            states = drafter.states_of(cache.features(0, length)[0][stated][:, chosen])
+            x, steps = drafter.inputs(tokens[None], states[None]), draft_steps
+        stream = full_stream(drafter, tokens, x)
         scored = probs if drafter.vocabulary is None else probs[:, drafter.vocabulary]
         for view in views[name] if isinstance(views, Mapping) else views:
-            outputs = drafted_view(drafter, window, stream, view, starts, block, states, steps)
+            outputs = drafted_view(drafter, tokens, stream, view, starts, block, states, steps)
             agreement, alpha = zip(*_compared(drafter, outputs, scored, best), strict=True)
             full = view.policy.name == "full"
             yield {

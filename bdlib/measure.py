@@ -61,6 +61,7 @@ FIELDS = {
     "policy": "what the drafter's cache keeps; null without a cache",
     "budget": "entries kept per layer and KV head; null without a cache, context for policy full",
     "refresh": "rounds between selections; null: selected once, after the prompt",
+    "reach": "tokens of the prompt that the drafter reads, its first and its last; 0: all",
     "gamma": "most tokens drafted in a round",
     "controller": "whether a controller chose gamma anew for each round, 0 included",
     "gammas": "rounds by the gamma asked for, as {gamma: rounds}",
@@ -161,6 +162,8 @@ class MeasureSettings:
         Tokens to generate; fewer than ``context``.
     refresh
         Select again every so many rounds; ``None`` selects once.
+    reach
+        Tokens of the prompt that a second model reads: see :class:`bdlib.drafters.ModelDrafter`.
     chat
         Ask for a summary of the passage in the chat template, and stop at a stop token. Otherwise
         continue plain text for exactly ``new_tokens``.
@@ -181,6 +184,7 @@ class MeasureSettings:
     samples: int = 4
     new_tokens: int = 64
     refresh: int | None = None
+    reach: int | None = None
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -199,6 +203,10 @@ class MeasureSettings:
             raise ValueError(f"controller {self.controller!r} must be True or False")
         if self.refresh is not None:
             _whole("refresh", self.refresh, 1)
+        if self.reach is not None:
+            from bdlib.drafters import check_reach
+
+            check_reach(self.reach)
         if self.new_tokens >= self.context:
             raise ValueError(
                 f"new_tokens {self.new_tokens} must be fewer than the context of {self.context}:"
@@ -416,7 +424,7 @@ def make_drafter(settings: MeasureSettings, pair: Pair) -> Drafter:
         raise ValueError(
             f"drafter {settings.drafter!r}: the pair {pair.name!r} has no second model"
         )
-    return ModelDrafter(pair.drafter, policy, budget, settings.refresh)
+    return ModelDrafter(pair.drafter, policy, budget, settings.refresh, reach=settings.reach)
 
 
 def _prompts(
@@ -538,6 +546,7 @@ def _sample(
         "policy": None if policy is None else policy.name,
         "budget": None if policy is None else drafter.budget or settings.context,
         "refresh": getattr(drafter, "refresh", None),
+        "reach": getattr(drafter, "reach", 0),
         "prompt_tokens": len(prompt),
         "gammas": _counts(r.gamma for r in result.rounds),
         "acceptance_rate": _number(result.acceptance_rate),

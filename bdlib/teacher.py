@@ -26,7 +26,7 @@ from torch import Tensor
 
 from bdlib import assets
 from bdlib.cache import KVCache
-from bdlib.drafters import HEAD, check_reach
+from bdlib.drafters import check_reach, positions_read
 from bdlib.objectives import TeacherTarget
 from bdlib.transformer import Decoder
 
@@ -201,7 +201,7 @@ def compute(
     stacked = torch.stack(list(windows)) if not isinstance(windows, Tensor) else windows
     kind = np.uint16 if target.config.vocab_size <= 1 << 16 else np.uint32
     whole = stacked.numpy().astype(kind)
-    tokens = whole[:, _read_by_drafter(whole.shape[1], settings.reach)]
+    tokens = whole[:, positions_read(whole.shape[1], settings.reach or 0)[0]]
     folder = Path(folder)
     kept = min(settings.last or tokens.shape[1], tokens.shape[1])
     shapes = {
@@ -287,25 +287,14 @@ def _write_done(folder: Path, done: int) -> None:
         np.save(file, np.int64(done))
 
 
-def _read_by_drafter(length: int, reach: int | None) -> np.ndarray:
-    """Positions of a window of ``length`` that a drafter of this reach reads, ascending."""
-    positions = np.arange(length)
-    unread = max(0, length - reach) if reach else 0
-    return np.concatenate((positions[:HEAD], positions[HEAD + unread :])) if unread else positions
-
-
 @torch.inference_mode()
 def _one_window(
     target: Decoder, tokens: Tensor, settings: TeacherSettings, arrays: dict, window: int
 ) -> None:
     taps = settings.taps
     cache = KVCache(target.config, tokens.shape[0], 1, target.dtype, target.device, taps=taps)
-    positions = _read_by_drafter(len(tokens), settings.reach)
+    positions, stated = positions_read(len(tokens), settings.reach or 0)
     missing = len(positions) - arrays["ids"].shape[1]  # at the front, whose targets are not kept
-    if taps:
-        # Slot t reads the state of the position before it in the text, also after what is not read.
-        stated = positions.copy()
-        stated[:-1] = positions[1:] - 1
     piece = PIECE if target.device.type == "cpu" else GPU_PIECE
     for first in range(0, tokens.shape[0], piece):
         last = min(first + piece, tokens.shape[0])
@@ -326,7 +315,7 @@ def _one_window(
         arrays["logp"][window, rows] = logp.cpu().numpy()
 
 
-def _within(positions: np.ndarray, first: int, last: int) -> tuple[slice, Tensor]:
+def _within(positions: Tensor, first: int, last: int) -> tuple[slice, Tensor]:
     """Which of ascending ``positions`` lie in ``first..last - 1``, and where in that piece they are."""
-    low, high = np.searchsorted(positions, (first, last))
-    return slice(int(low), int(high)), torch.from_numpy(positions[low:high] - first)
+    low, high = torch.searchsorted(positions, torch.tensor((first, last))).tolist()
+    return slice(low, high), positions[low:high] - first
