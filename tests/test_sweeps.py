@@ -236,6 +236,7 @@ def test_the_shipped_grids_are_well_formed(repository):
         "acceptance",
         "acceptance_first",
         "controller",
+        "long",
         "speed",
         "robustness",
         "transfer",
