@@ -431,7 +431,6 @@ def targets(
     compute some.
     """
     taps = recipe.taps if recipe.kind == "feature" else ()
-    settings = teacher.TeacherSettings(recipe.top, taps, recipe.last, recipe.reach)
     wanted = []
     for form, lengths in (("", recipe.windows), ("spoken", recipe.spoken)):
         for length, count in lengths.items():
@@ -449,8 +448,11 @@ def targets(
     for number, (name, length, count, source, cut) in enumerate(wanted):
         if only is not None and number not in only:
             continue
-        if recipe.reach is not None and length > recipe.reach:
-            name += f"-reach-{recipe.reach}"
+        # A window that the drafter reads whole has the targets of any recipe's.
+        reach = recipe.reach if recipe.reach and length > recipe.reach else None
+        settings = teacher.TeacherSettings(recipe.top, taps, recipe.last, reach)
+        if reach is not None:
+            name += f"-reach-{reach}"
         place = Path(folder) / (name + ("-features" if taps else ""))
         if not taps and (Path(folder) / f"{name}-features" / "teacher.json").is_file():
             place = Path(folder) / f"{name}-features"  # holds all that is needed, and more
@@ -487,9 +489,8 @@ def _existing(
     store = teacher.TeacherStore(place)
     has = store.meta["settings"]
     fits = store.meta["source"] == source
-    fits = fits and (has["top"], has.get("last")) == (wanted.top, wanted.last)
-    read = store.windows.shape[1]
-    fits = fits and (has.get("reach") or read) == (wanted.reach or read)
+    same = ("top", "last", "reach")
+    fits = fits and all(has.get(name) == getattr(wanted, name) for name in same)
     fits = fits and (not wanted.taps or tuple(has["taps"]) == wanted.taps)
     return store if fits and store.done == len(store.windows) == count else None
 

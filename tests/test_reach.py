@@ -226,6 +226,8 @@ def test_long_windows_are_read_by_a_stretched_target_and_kept_short(trained, pai
     assert [store.windows.shape for store in stores] == [(4, 64), (3, 64)]
     kinds = [store.meta["model"]["rope_parameters"]["rope_type"] for store in stores]
     assert kinds == ["yarn", "default"]
+    # Only the long ones are others than those of a recipe without a reach.
+    assert [store.meta["settings"]["reach"] for store in stores] == [64, None]
     assert pair.target.config.max_positions == 96
 
 
