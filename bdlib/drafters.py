@@ -140,10 +140,15 @@ def _check_refresh(refresh: int | None) -> None:
 
 def check_reach(reach: object) -> None:
     """Refuse a reach that is neither 0 (everything) nor more than :data:`HEAD` tokens."""
-    if not (is_whole(reach, HEAD + 1) or (is_whole(reach, 0) and reach == 0)):
+    if not (is_whole(reach, 0) and (reach == 0 or reach > HEAD)):
         raise ValueError(
             f"reach {reach!r} must be 0 (the whole prompt) or a whole number above {HEAD} tokens"
         )
+
+
+def unread(length: int, reach: int) -> int:
+    """How many of ``length`` tokens a drafter of this reach leaves out, after the first :data:`HEAD`."""
+    return max(0, length - reach) if reach else 0
 
 
 def positions_read(length: int, reach: int) -> tuple[Tensor, Tensor]:
@@ -157,8 +162,7 @@ def positions_read(length: int, reach: int) -> tuple[Tensor, Tensor]:
     Two tensors ``[min(length, reach)]``, ascending (``[length]`` with a reach of 0).
     """
     positions = torch.arange(length)
-    if reach and length > reach:
-        positions = torch.cat((positions[:HEAD], positions[HEAD + length - reach :]))
+    positions = torch.cat((positions[:HEAD], positions[HEAD + unread(length, reach) :]))
     stated = positions.clone()
     stated[:-1] = positions[1:] - 1
     return positions, stated
@@ -351,7 +355,7 @@ class ModelDrafter(Drafter):
             )
         self._target_cache = cache
         read = prompt[:-1]
-        self._unread = max(0, len(read) - self.reach) if self.reach else 0
+        self._unread = unread(len(read), self.reach)
         capacity -= self._unread
         budget = self.budget
         if budget is None:

@@ -167,14 +167,7 @@ def test_targets_are_rows_of_those_of_the_whole_window(tmp_path, monkeypatch, pi
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("pair")
-    target = tiny.model(
-        seed=3, dtype=torch.float32, vocab_size=WORDS, num_layers=3, max_positions=96
-    )
-    tiny.save_folder(folder / "target", target)
-    ids = tiny.text(2000, seed=1, vocabulary=WORDS).tolist()
-    (folder / "text.txt").write_text(tiny.words(ids), encoding="utf8")
-    return folder
+    return tiny.place(tmp_path_factory.mktemp("pair"), WORDS, max_positions=96)
 
 
 @pytest.fixture(scope="module")
@@ -253,8 +246,6 @@ def test_what_is_frozen_stays_and_is_not_written_again(trained, pair, tmp_path):
         models.load_drafter(tmp_path / "long", pair.target)
     shutil.copytree(shipped / "budgetdraft-feature-novels", tmp_path / "budgetdraft-feature-novels")
     models.load_drafter(tmp_path / "long", pair.target)
-    other = base.requires_grad_(False)
-    other.fuse = None
     made = models.conditioned_on(pair.target, (0, 2), base.vocabulary)
     models.save_drafter(made, tmp_path / "budgetdraft-feature-novels", "# another\n")
     with pytest.raises(ValueError, match="goes with another 'budgetdraft-feature-novels': sha256"):

@@ -18,12 +18,7 @@ WORDS = 61
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A model folder with a tokenizer, and a text of 2,000 tokens."""
-    folder = tmp_path_factory.mktemp("pair")
-    target = tiny.model(seed=3, dtype=torch.float32, vocab_size=WORDS, num_layers=3)
-    tiny.save_folder(folder / "target", target)
-    ids = tiny.text(2000, seed=1, vocabulary=WORDS).tolist()
-    (folder / "text.txt").write_text(tiny.words(ids), encoding="utf8")
-    return folder
+    return tiny.place(tmp_path_factory.mktemp("pair"), WORDS)
 
 
 @pytest.fixture(scope="module")

@@ -122,6 +122,15 @@ def save_folder(folder, decoder, vocabulary=None, end=0):
     return folder
 
 
+def place(folder, vocabulary, **changes):
+    """A target of three layers with a tokenizer in ``folder``, and a text of 2,000 tokens; the folder."""
+    made = model(seed=3, dtype=torch.float32, vocab_size=vocabulary, num_layers=3, **changes)
+    save_folder(folder / "target", made)
+    ids = text(2000, seed=1, vocabulary=vocabulary).tolist()
+    (folder / "text.txt").write_text(words(ids), encoding="utf8")
+    return folder
+
+
 def run_in_interpreter(file, seconds=600):
     """Run a test file again in a process where Triton interprets kernels, and see that it passes.
 
