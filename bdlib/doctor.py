@@ -70,7 +70,7 @@ def _torch_rows() -> list[tuple[str, str]]:
     from bdlib.kernels import native
 
     rows = [("torch threads", f"{torch.get_num_threads()} of {os.cpu_count()} cores")]
-    rows.append(("attention in C", native.state()))
+    rows.append(("steps in C", native.state()))
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
         rows.append(("cuda", f"{torch.version.cuda}: {', '.join(names)}"))

@@ -11,7 +11,7 @@ sparse_decode.py   few queries over the selected chunks of the full cache, read 
 verify.py          few queries over the whole cache, sequences with their own lengths
 multi_view.py      training attention of views that share a prefix, forward and backward
 acceptance_loss.py acceptance-aware losses over a large vocabulary, forward and backward
-native.py          few queries over the whole cache on CPU: attention_cpu.c, compiled at first use
+native.py          a decoding step on CPU: attention_cpu.c and layer_cpu.c, compiled at first use
 split.py           what attention over a cache shares: one block, splitting, the merge
 launching.py       checks of arguments, choice of a backend, what can be launched
 lazy.py            ``@kernel`` and ``@device``: triton.jit at first use

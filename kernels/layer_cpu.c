@@ -1,0 +1,202 @@
+/* The two halves of a transformer layer around its attention, for a few tokens, on CPUs with AVX512-BF16.
+
+   A decoding step reads every weight once and does little with it, so it takes as long as the weights
+   take to arrive, if nothing else is in the way. Here nothing is: one parallel region a half, no
+   intermediate result leaves the caches, and weights are read in the order in which they lie.
+
+   Every output of a product is one sum over its weights in one order, whatever rows are beside it and
+   whoever computes it: a verified row is bit for bit the row of a plain step. Results are rounded to
+   bfloat16 where a product in PyTorch would round them; the residual stream is float32. */
+#include <immintrin.h>
+#include <math.h>
+#include <stdint.h>
+#include <string.h>
+
+enum { ROWS = 8, GROUP = 16, AHEAD = 8192 };
+
+typedef uint16_t bf16;
+
+static inline float wide(bf16 x) {
+    uint32_t bits = (uint32_t)x << 16;
+    float y;
+    memcpy(&y, &bits, 4);
+    return y;
+}
+
+static inline __m512 wide16(const bf16 *x) {
+    return _mm512_castsi512_ps(
+        _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
+}
+
+static inline void narrow16(bf16 *to, __m512 x) {
+    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+static inline float rounded(float x) { /* to bfloat16 and back; x is a number */
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    bits = (bits + 0x7fff + ((bits >> 16) & 1)) & 0xffff0000u;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+static inline __m512 rounded16(__m512 x) {
+    return _mm512_castsi512_ps(_mm512_slli_epi32(
+        _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
+}
+
+/* exp(x), to 3e-6 of it. */
+static inline __m512 exponential(__m512 x) {
+    x = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
+    __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x - floor(x) */
+    __m512 y = _mm512_set1_ps(0.013534074f);
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.052011442f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.24144293f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.69300375f));
+    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0000026f));
+    return _mm512_scalef_ps(y, x);
+}
+
+/* Sums of a row of weights with n rows of inputs. Memory is kept busy by asking for what lies AHEAD
+   bytes further on: with the processor's own guesses alone it delivers half as much. */
+#define SUMS(n)                                                                                    \
+    case n: {                                                                                      \
+        __m512 sum[n];                                                                             \
+        for (int r = 0; r < n; r++) sum[r] = _mm512_setzero_ps();                                  \
+        for (int64_t i = 0; i < in; i += 32) {                                                     \
+            _mm_prefetch((const char *)(w + i) + AHEAD, _MM_HINT_T1);                              \
+            __m512bh a = (__m512bh)_mm512_loadu_si512(w + i);                                      \
+            for (int r = 0; r < n; r++)                                                            \
+                sum[r] = _mm512_dpbf16_ps(sum[r], a, (__m512bh)_mm512_loadu_si512(x + r * in + i)); \
+        }                                                                                          \
+        for (int r = 0; r < n; r++) y[r * GROUP] = rounded(_mm512_reduce_add_ps(sum[r]));          \
+        break;                                                                                     \
+    }
+
+static inline void sums(int n, int64_t in, const bf16 *w, const bf16 *x, float *y) {
+    switch (n) { SUMS(1) SUMS(2) SUMS(3) SUMS(4) SUMS(5) SUMS(6) SUMS(7) SUMS(8) }
+}
+
+/* GROUP outputs of x w^T from the `first` on; y [rows, GROUP], as bfloat16 would hold it. */
+static void product(const bf16 *w, int64_t in, int64_t first, const bf16 *x, int rows, float *y) {
+    for (int o = 0; o < GROUP; o++)
+        for (int r = 0; r < rows; r += ROWS) {
+            int n = rows - r < ROWS ? rows - r : ROWS;
+            sums(n, in, w + (first + o) * in, x + r * in, y + r * GROUP + o);
+        }
+}
+
+/* RMS norm of a row, as bfloat16. */
+static void norm(const float *x, const float *weight, int64_t width, float eps, bf16 *to) {
+    __m512 square = _mm512_setzero_ps();
+    for (int64_t i = 0; i < width; i += 16) {
+        __m512 v = _mm512_loadu_ps(x + i);
+        square = _mm512_fmadd_ps(v, v, square);
+    }
+    float mean = _mm512_reduce_add_ps(square) / (float)width;
+    __m512 scale = _mm512_set1_ps(1.0f / sqrtf(mean + eps));
+    for (int64_t i = 0; i < width; i += 16) {
+        __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
+        narrow16(to + i, _mm512_mul_ps(v, _mm512_loadu_ps(weight + i)));
+    }
+}
+
+/* Floats of `room` that before() and after() need. */
+int64_t layer_room(int rows, int64_t width, int64_t attended, int64_t inner) {
+    return rows * (width + width / 2 + attended / 2 + inner / 2);
+}
+
+/* Norm, product and rotation: x [rows, width] to out [rows, heads, dim]. Row r has position
+   r % queries; its numbers are multiplied by cosine, those half a head away by sine, both
+   [queries, heads, dim]. */
+void before(const float *x, const float *weight, const bf16 *w, const float *cosine,
+            const float *sine, bf16 *out, float *room, int rows, int queries, int64_t width,
+            int heads, int dim, float eps, int threads) {
+    bf16 *normed = (bf16 *)room;
+    int64_t outputs = (int64_t)heads * dim;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int r = 0; r < rows; r++)
+            norm(x + r * width, weight, width, eps, normed + r * width);
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < outputs / GROUP; g++) {
+            float y[rows * GROUP];
+            product(w, width, g * GROUP, normed, rows, y);
+            for (int r = 0; r < rows; r++)
+                narrow16(out + r * outputs + g * GROUP, _mm512_loadu_ps(y + r * GROUP));
+        }
+#pragma omp for schedule(static)
+        for (int i = 0; i < rows * heads; i++) {
+            bf16 *head = out + (int64_t)i * dim;
+            int64_t at = ((int64_t)(i / heads % queries) * heads + i % heads) * dim;
+            float turned[dim];
+            for (int d = 0; d < dim; d += 16) {
+                __m512 rolled = wide16(head + (d < dim / 2 ? d + dim / 2 : d - dim / 2));
+                __m512 y = _mm512_mul_ps(wide16(head + d), _mm512_loadu_ps(cosine + at + d));
+                y = _mm512_fmadd_ps(rolled, _mm512_loadu_ps(sine + at + d), y);
+                _mm512_storeu_ps(turned + d, y);
+            }
+            for (int d = 0; d < dim; d += 16) narrow16(head + d, _mm512_loadu_ps(turned + d));
+        }
+    }
+}
+
+/* What attention found, [batch, heads, queries, dim] by strides in elements (of a batch, a head, a
+   query), through the output product onto x [rows, width], then the MLP onto that: out [rows, width].
+   w_in holds the gate's rows, then the others. */
+void after(const float *x, const bf16 *attended, const int64_t *stride, const bf16 *w_out,
+           const float *weight, const bf16 *w_in, const bf16 *w_down, float *out, float *room,
+           int rows, int queries, int64_t width, int heads, int dim, int64_t inner, float eps,
+           int threads) {
+    float *middle = room;
+    int64_t found_width = (int64_t)heads * dim;
+    bf16 *normed = (bf16 *)(middle + rows * width), *found = normed + rows * width;
+    bf16 *active = found + rows * found_width;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int i = 0; i < rows * heads; i++) {
+            int r = i / heads, h = i % heads;
+            memcpy(found + (int64_t)i * dim,
+                   attended + r / queries * stride[0] + h * stride[1] + r % queries * stride[2],
+                   dim * sizeof(bf16));
+        }
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < width / GROUP; g++) {
+            float y[rows * GROUP];
+            product(w_out, found_width, g * GROUP, found, rows, y);
+            for (int r = 0; r < rows; r++) {
+                int64_t at = r * width + g * GROUP;
+                _mm512_storeu_ps(middle + at, _mm512_add_ps(_mm512_loadu_ps(x + at),
+                                                            _mm512_loadu_ps(y + r * GROUP)));
+            }
+        }
+#pragma omp for schedule(static)
+        for (int r = 0; r < rows; r++)
+            norm(middle + r * width, weight, width, eps, normed + r * width);
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < inner / GROUP; g++) {
+            float gate[rows * GROUP], up[rows * GROUP];
+            product(w_in, width, g * GROUP, normed, rows, gate);
+            product(w_in + inner * width, width, g * GROUP, normed, rows, up);
+            for (int r = 0; r < rows; r++) {
+                __m512 a = _mm512_loadu_ps(gate + r * GROUP), one = _mm512_set1_ps(1.0f);
+                __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), a));
+                a = rounded16(_mm512_div_ps(a, _mm512_add_ps(one, e))); /* a / (1 + exp(-a)) */
+                narrow16(active + r * inner + g * GROUP,
+                         _mm512_mul_ps(a, _mm512_loadu_ps(up + r * GROUP)));
+            }
+        }
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < width / GROUP; g++) {
+            float y[rows * GROUP];
+            product(w_down, inner, g * GROUP, active, rows, y);
+            for (int r = 0; r < rows; r++) {
+                int64_t at = r * width + g * GROUP;
+                _mm512_storeu_ps(out + at, _mm512_add_ps(_mm512_loadu_ps(middle + at),
+                                                         _mm512_loadu_ps(y + r * GROUP)));
+            }
+        }
+    }
+}
