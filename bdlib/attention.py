@@ -145,6 +145,18 @@ def many_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return merge(out, lse, before.reshape(q.shape), before_lse.reshape(lse.shape))
 
 
+def extend(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int
+) -> Tensor | None:
+    """Store ``k``, ``v`` in a cache's ``keys``, ``values`` from ``start`` on and attend, all in C.
+
+    ``None``, with nothing stored, where it cannot be done so (:func:`bdlib.kernels.native.extend`).
+    """
+    if q.device.type != "cpu" or q.shape[2] > FEW or _needs_gradient(q, k, v):
+        return None
+    return native.extend(q, k, v, keys, values, start)
+
+
 def _in_c(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor | None:
     if q.device.type != "cpu" or _needs_gradient(q, k, v):
         return None

@@ -175,10 +175,12 @@ class KVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store ``k, v`` ``[B, H_kv, n, D]`` at the next ``n`` positions and attend from ``q``."""
         start, stop = self.length, self.length + q.shape[2]
-        self._keys[layer][:, :, start:stop] = k
-        self._values[layer][:, :, start:stop] = v
         if self.log is not None:
             self.log.record(layer, q, start)
+        keys, values = self._keys[layer], self._values[layer]
+        if (out := attention.extend(q, k, v, keys, values, start)) is not None:
+            return out
+        keys[:, :, start:stop], values[:, :, start:stop] = k, v
         if stop - start > attention.FEW:
             return attention.many_queries(q, self.keys(layer, 0, stop), self.values(layer, 0, stop))
         reach = _aligned(stop)
@@ -353,10 +355,13 @@ class SparseKVCache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store ``k, v`` ``[B, H_kv, n, D]`` as the newest entries and attend from ``q``."""
         start, stop = self.size, self.size + q.shape[2]
-        self._keys[layer][:, :, start:stop] = k
-        self._values[layer][:, :, start:stop] = v
+        keys, values = self._keys[layer], self._values[layer]
+        alone = self._source is None
+        if alone and (out := attention.extend(q, k, v, keys, values, start)) is not None:
+            return out
+        keys[:, :, start:stop], values[:, :, start:stop] = k, v
         reach = stop if self._source is not None or stop - start > attention.FEW else _aligned(stop)
-        keys, values = self._keys[layer][:, :, :reach], self._values[layer][:, :, :reach]
+        keys, values = keys[:, :, :reach], values[:, :, :reach]
         if self._source is not None:
             keys, values = self._choose_now(layer, q, keys, values)
             start = keys.shape[2] - q.shape[2]

@@ -31,6 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bdlib.kernels import native
 from bdlib.transformer import Decoder, DecoderConfig, Linear
 
 SCHEMA = 1
@@ -157,17 +158,21 @@ class FeatureDecoder(Decoder):
     def state(self, features: Tensor) -> Tensor:
         """One state for each position from the target's streams: ``[..., taps, C] -> [..., C]``."""
         wide = features.to(self._wide)
+        if self.fuse.in_c and native.takes(rows := wide.flatten(0, -3)[None]):
+            weights = self.fuse.weight, self.tap_norm
+            fused = native.normed_product(*weights, rows, self.config.rms_eps)
+            return fused.view(*wide.shape[:-2], -1)
         normed = F.rms_norm(wide, wide.shape[-1:], None, self.config.rms_eps) * self.tap_norm
         return self.fuse(normed.flatten(-2).to(self.dtype)).to(self._wide)
 
     def inputs(self, tokens: Tensor, states: Tensor) -> Tensor:
         """The residual stream that enters the first layer: ``[B, n]`` and ``[B, n, C]``."""
-        both = self.embedding_norm, self.state_norm
-        parts = [
-            self._norm(part, weight)
-            for part, weight in zip((self.embed(tokens), states), both, strict=True)
-        ]
-        return self.mix(torch.cat(parts, -1)).to(self._wide)
+        parts, norms = (self.embed(tokens), states), (self.embedding_norm, self.state_norm)
+        if self.mix.in_c and native.takes(states):
+            weights, both = (self.mix.weight, torch.stack(norms)), torch.stack(parts, -2)
+            return native.normed_product(*weights, both, self.config.rms_eps)
+        normed = [self._norm(part, weight) for part, weight in zip(parts, norms, strict=True)]
+        return self.mix(torch.cat(normed, -1)).to(self._wide)
 
     def states_of(self, features: Tensor) -> Tensor:
         """The states that slots 0 to ``T - 1`` read, from features ``[T, taps, C]`` of their positions."""

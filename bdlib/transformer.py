@@ -377,6 +377,9 @@ class Linear(nn.Module):
     2 to 4 times in float32 than ``F.linear``, for one row as for nine. Fewer than five rows of one
     sequence are filled up with zeros: oneDNN takes another path for them, which takes a fifth longer
     and, for a single long row, sums in another order than for a row among several.
+
+    ``in_c`` says that a few rows go through :mod:`bdlib.kernels.native`, which reads the weight as it
+    is: it is not packed then, and the many rows of a prompt take 1 to 9 % longer.
     """
 
     def __init__(self, in_features: int, out_features: int, bias: bool = False) -> None:
@@ -384,6 +387,7 @@ class Linear(nn.Module):
         self.weight: nn.Parameter | None = nn.Parameter(torch.empty(out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.packed: Tensor | None = None
+        self.in_c = False
         self.shape = (out_features, in_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -410,15 +414,12 @@ class Linear(nn.Module):
 
 
 class Layer(nn.Module):
-    """The parameters of one decoder layer; the arithmetic is in :meth:`Decoder.hidden`.
-
-    ``in_c`` says that a few tokens go through :mod:`bdlib.kernels.native`, which reads the weights as
-    they are: they are not packed then, and a prompt's pieces take 1 to 5 % longer.
-    """
+    """The parameters of one decoder layer; the arithmetic is in :meth:`Decoder.hidden`."""
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
-        c, self.in_c = config, False
+        c = config
+        self.in_c = False  # whether a few tokens go through bdlib.kernels.native
         self.attention_norm = nn.Parameter(torch.ones(c.hidden_size))
         self.mlp_norm = nn.Parameter(torch.ones(c.hidden_size))
         qkv_rows = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim
@@ -493,6 +494,10 @@ class Decoder(nn.Module):
 
         Without ``wide`` in the dtype of the product, for a loss that widens them piece by piece.
         """
+        if self.head.in_c and native.takes(hidden):
+            weights = self.head.weight, self.final_norm[None]
+            scores = native.normed_product(*weights, hidden[:, :, None], self.config.rms_eps)
+            return scores if wide else scores.to(self.dtype)
         scores = self.head(self._norm(hidden, self.final_norm))
         return scores.to(self._wide) if wide else scores
 
@@ -693,12 +698,21 @@ class Decoder(nn.Module):
 
     def pack(self) -> Decoder:
         """Pack for CPU inference what C does not read as it is (:class:`Linear`); returns ``self``."""
+        matrices = [module for module in self.modules() if isinstance(module, Linear)]
+        inside = {m for layer in self.layers for m in layer.children()}
+        for (
+            matrix
+        ) in matrices:  # one that is the embedding too is packed: that may stay in its file
+            shared = matrix.weight is self.embedding
+            matrix.in_c = matrix not in inside and not shared and native.fits(matrix)
         for layer in self.layers:
-            layer.in_c = native.fits(layer, self.config)
-        as_they_are = {m for layer in self.layers if layer.in_c for m in layer.children()}
-        for module in self.modules():
-            if isinstance(module, Linear) and module not in as_they_are:
-                module.pack()
+            whole = layer.q_norm is None and self.config.head_dim % 32 == 0
+            layer.in_c = whole and all(map(native.fits, layer.children()))
+            for matrix in layer.children():
+                matrix.in_c = layer.in_c
+        for matrix in matrices:
+            if not matrix.in_c:
+                matrix.pack()
         for name, weight in self.named_parameters():
             if name.endswith("norm"):
                 weight.data = weight.data.to(self._wide)  # in which a norm multiplies, once for all

@@ -227,3 +227,29 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *room,
         }
     }
 }
+
+/* n entries of each head, by strides of a batch, a head and an entry, to where they are kept. */
+static void copy(const bf16 *x, const int64_t *stride, bf16 *to, const int64_t *to_stride,
+                 int64_t batch, int64_t heads, int n, int dim) {
+    for (int64_t b = 0; b < batch; b++)
+        for (int64_t h = 0; h < heads; h++)
+            for (int64_t i = 0; i < n; i++)
+                memcpy(to + b * to_stride[0] + h * to_stride[1] + i * to_stride[2],
+                       x + b * stride[0] + h * stride[1] + i * stride[2], dim * sizeof(bf16));
+}
+
+/* As attend(), for a cache k, v that new_k, new_v [batch, heads, queries, dim] belong to from `start` on:
+   they are written there first. q is not dense; `stride`: of k, v, q, new_k, new_v, three each. `room`
+   has place for q in front. */
+void extend(const bf16 *q, const bf16 *new_k, const bf16 *new_v, bf16 *k, bf16 *v, bf16 *out,
+            float *room, int64_t batch, int64_t heads, int rows, int queries, int dim, int64_t start,
+            const int64_t *stride, int threads) {
+    int64_t group = rows / queries, head = (int64_t)queries * dim;
+    const int64_t dense[3] = {heads * group * head, head, dim};
+    bf16 *together = (bf16 *)room;
+    copy(q, stride + 6, together, dense, batch, heads * group, queries, dim);
+    copy(new_k, stride + 9, k + start * stride[2], stride, batch, heads, queries, dim);
+    copy(new_v, stride + 12, v + start * stride[5], stride + 3, batch, heads, queries, dim);
+    attend(together, k, v, out, room + (batch * heads * rows * dim + 1) / 2, batch, heads, rows,
+           queries, dim, start, stride, threads);
+}

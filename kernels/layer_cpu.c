@@ -1,4 +1,5 @@
-/* The two halves of a transformer layer around its attention, for a few tokens, on CPUs with AVX512-BF16.
+/* What a decoding step does beside attention, for a few tokens, on CPUs with AVX512-BF16: the two halves
+   of a layer around its attention, and products of normed states (a head, a drafter's inputs).
 
    A decoding step reads every weight once and does little with it, so it takes as long as the weights
    take to arrive, if nothing else is in the way. Here nothing is: one parallel region a half, no
@@ -98,6 +99,27 @@ static void norm(const float *x, const float *weight, int64_t width, float eps, 
     for (int64_t i = 0; i < width; i += 16) {
         __m512 v = _mm512_mul_ps(_mm512_loadu_ps(x + i), scale);
         narrow16(to + i, _mm512_mul_ps(v, _mm512_loadu_ps(weight + i)));
+    }
+}
+
+/* Norm of `groups` parts of a row, each for itself, and a product of all of them: x [rows, groups,
+   width] with weight [groups, width] and w [outputs, groups width] to out [rows, outputs]. `room`:
+   rows groups width / 2 floats. */
+void normed_product(const float *x, const float *weight, const bf16 *w, float *out, float *room,
+                    int rows, int groups, int64_t width, int64_t outputs, float eps, int threads) {
+    bf16 *normed = (bf16 *)room;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+#pragma omp for schedule(static)
+        for (int i = 0; i < rows * groups; i++)
+            norm(x + i * width, weight + i % groups * width, width, eps, normed + i * width);
+#pragma omp for schedule(static)
+        for (int64_t g = 0; g < outputs / GROUP; g++) {
+            float y[rows * GROUP];
+            product(w, groups * width, g * GROUP, normed, rows, y);
+            for (int r = 0; r < rows; r++)
+                memcpy(out + r * outputs + g * GROUP, y + r * GROUP, GROUP * sizeof(float));
+        }
     }
 }
 

@@ -4,22 +4,22 @@
 instructions, and Linux on x86-64; elsewhere, or with ``BDLIB_NATIVE=0`` in the environment, PyTorch does
 it. :func:`state` says which, and why.
 
-**Attention** (:func:`attend`). PyTorch takes five calls for it, each of which reads or writes the scores
-of every key, and one product over three KV heads leaves one of two threads without work a third of the
-time. The C file does all of it in one pass over keys and values. Measured on two cores of a server CPU,
-9 heads on 3, bfloat16, microseconds a layer, PyTorch / this: one query 104 / 21 over 512 entries, 321 /
-150 over 4,096, 1,159 / 550 over 16,384; five queries 140 / 35, 463 / 210, 1,630 / 790; a prompt's 512
-queries, in milliseconds, 21 / 15 over 4,096, 103 / 69 over 16,384.
+**Attention** (:func:`attend`, :func:`extend`). PyTorch takes five calls for it, each of which reads or
+writes the scores of every key, and one product over three KV heads leaves one of two threads without
+work a third of the time. The C file does all of it in one pass over keys and values. Measured on two
+cores of a server CPU, 9 heads on 3, bfloat16, microseconds a layer, PyTorch / this: one query 104 / 21
+over 512 entries, 321 / 150 over 4,096, 1,159 / 550 over 16,384; five queries 140 / 35, 463 / 210, 1,630 /
+790; a prompt's 512 queries, in milliseconds, 21 / 15 over 4,096, 103 / 69 over 16,384.
 Formula: ``softmax(q k^T) v`` in float32, weights rounded to bfloat16. Work is shared out by KV head and
 part of 256 entries; bytes read: keys and values once for up to 128 rows (queries times the heads that
 share a KV head), written: 4 ``(D + 2)`` a row and part.
 
-**The rest of a layer** (:func:`before`, :func:`after`). A step of a small model is some twenty calls a
-layer, each of a few microseconds' work, and the memory stands idle between them: SmolLM2's weights,
-which take 9 ms to read, took 25. In C it is two calls, and the weights arrive as fast as memory has
-them. Measured on the same cores for one and four tokens over 4,096 entries, milliseconds, PyTorch (with
-attention in C) / this: 25.0 / 13.7 and 26.8 / 14.8. Bytes read: every weight once, for up to
-:data:`MOST_TOKENS` tokens.
+**The rest of a layer** (:func:`before`, :func:`after`), and products of normed states besides
+(:func:`normed_product`). A step of a small model is some twenty calls a layer, each of a few
+microseconds' work, and memory stands idle between them: SmolLM2's weights, which take 9 ms to read, took
+25. In C a layer is three calls, and weights arrive as fast as memory has them. Measured on the same
+cores for one and for four tokens over 4,096 entries, in milliseconds, PyTorch with attention in C /
+this: 28 / 17 and 30 / 18. Bytes read: every weight once, for up to :data:`MOST_TOKENS` tokens.
 """
 
 from __future__ import annotations
@@ -43,8 +43,9 @@ SOURCES = tuple(Path(__file__).with_name(f"{name}_cpu.c") for name in ("attentio
 EXTENSIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma")
 FLAGS = ("-O3", "-fPIC", "-fopenmp", *(f"-m{extension}" for extension in EXTENSIONS))
 MOST_ROWS = 128  # as in the C file: queries times the heads that share a KV head
+DIMS = (32, 64, 96, 128)
 MOST_TOKENS = 64
-"""Tokens that :func:`before` and :func:`after` take: with more, PyTorch's blocked products are faster."""
+"""Tokens that these three take: with more, PyTorch's blocked products are faster."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor | None:
@@ -68,7 +69,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor | None:
     if (
         not most
         or not q.dtype == k.dtype == v.dtype == torch.bfloat16
-        or dim not in (32, 64, 96, 128)
+        or dim not in DIMS
         or not k.stride(3) == v.stride(3) == 1
         or (found := library()) is None
     ):
@@ -87,24 +88,69 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor | None:
     return out
 
 
-def fits(layer: Any, config: Any) -> bool:
-    """Whether :func:`before` and :func:`after` can do this layer (:class:`bdlib.transformer.Layer`)."""
-    matrices = layer.qkv, layer.out, layer.gate_up, layer.down
-    widths = config.hidden_size, config.intermediate_size, config.head_dim
+def extend(
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int
+) -> Tensor | None:
+    """Store ``k``, ``v`` in a cache and attend: :func:`attend` as a cache calls it, in one call.
+
+    Parameters
+    ----------
+    q
+        Queries ``[B, H, n, D]``, scaled.
+    k, v
+        ``[B, H_kv, n, D]``, of the same positions.
+    keys, values
+        The cache, ``[B, H_kv, T, D]``: entries ``start`` to ``start + n`` are overwritten, those before
+        are attended too, and what lies beyond is not read.
+
+    Returns
+    -------
+    Tensor or None
+        ``[B, H, n, D]``; ``None``, with nothing stored, where the library is not there, or not for such
+        tensors.
+    """
+    batch, heads, n, dim = q.shape
+    kv_heads = keys.shape[1]
+    rows = heads // kv_heads * n
+    tensors = q, k, v, keys, values
+    if (
+        rows > MOST_ROWS
+        or dim not in DIMS
+        or start + n > min(keys.shape[2], values.shape[2])
+        or any(t.dtype != torch.bfloat16 or t.stride(3) != 1 or not t.is_cpu for t in tensors)
+        or (found := library()) is None
+    ):
+        return None
+    out = torch.empty(q.shape, dtype=torch.bfloat16)
+    parts = found.attend_room(batch * kv_heads, rows, dim, start + n)
+    room = torch.empty(parts + (batch * kv_heads * rows * dim + 1) // 2)
+    strides = [length for t in (keys, values, q, k, v) for length in t.stride()[:3]]
+    places = (t.data_ptr() for t in (*tensors, out, room))
+    shape = batch, kv_heads, rows, n, dim
+    found.extend(*places, *shape, start, (ctypes.c_int64 * 15)(*strides), torch.get_num_threads())
+    return out
+
+
+def fits(linear: Any) -> bool:
+    """Whether the weight of a :class:`bdlib.transformer.Linear` is one that the C file reads."""
+    weight = linear.weight
     return (
-        layer.q_norm is layer.k_norm is None
-        and not any(width % 32 for width in widths)
-        and all(m.bias is None and m.weight is not None for m in matrices)
-        and all(m.weight.dtype == torch.bfloat16 for m in matrices)
-        and all(m.weight.device.type == "cpu" and m.weight.is_contiguous() for m in matrices)
+        weight is not None
+        and linear.bias is None
+        and weight.dtype == torch.bfloat16
+        and weight.device.type == "cpu"
+        and weight.is_contiguous()
+        and not weight.shape[0] % 16
+        and not weight.shape[1] % 32
         and library() is not None
     )
 
 
 def takes(x: Tensor) -> bool:
-    """Whether the residual stream ``x`` ``[B, n, C]`` is one for them: few tokens, no gradient."""
+    """Whether states ``x`` ``[B, n, ...]`` are some for these functions: few tokens, no gradient."""
     return (
-        x.shape[0] * x.shape[1] <= MOST_TOKENS
+        library() is not None
+        and x.shape[0] * x.shape[1] <= MOST_TOKENS
         and x.dtype == torch.float32
         and not x.requires_grad
         and x.is_cpu
@@ -112,11 +158,27 @@ def takes(x: Tensor) -> bool:
     )
 
 
+def normed_product(weight: Tensor, norm: Tensor, x: Tensor, eps: float) -> Tensor:
+    """RMS norm of each part of ``x`` ``[B, n, G, C]`` and a product of all: ``[B, n, outputs]``, float32.
+
+    ``weight`` ``[outputs, G C]`` is one that :func:`fits`, ``norm`` ``[G, C]`` the norms' weights. Sums
+    are rounded to bfloat16, as they would be in PyTorch.
+    """
+    batch, n, groups, width = x.shape
+    out = torch.empty(batch, n, weight.shape[0])
+    room = torch.empty(batch * n * groups * width // 2)
+    places = (t.data_ptr() for t in (x, norm, weight, out, room))
+    shape = batch * n, groups, width, weight.shape[0]
+    library().normed_product(*places, *shape, eps, torch.get_num_threads())
+    return out
+
+
 def before(layer: Any, config: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Norm, query, key and value products, and their rotation: ``[B, n, H + 2 H_kv, D]``.
 
-    ``x`` is one that :func:`takes` accepts, of a layer that :func:`fits`; ``cos`` and ``sin``
-    ``[n, H + 2 H_kv, D]`` are those of :meth:`bdlib.transformer.Decoder.rotations`.
+    ``x`` ``[B, n, C]`` is one that :func:`takes` accepts, all matrices of the layer ones that
+    :func:`fits`, ``D`` a multiple of 32; ``cos`` and ``sin`` ``[n, H + 2 H_kv, D]`` are those of
+    :meth:`bdlib.transformer.Decoder.rotations`.
     """
     batch, n, width = x.shape
     _, heads, dim = cos.shape
@@ -182,9 +244,12 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     found.attend_room.restype, found.attend_room.argtypes = long, [long, whole, whole, long]
     sizes = [long, long, whole, whole, whole, long]
     found.attend.restype, found.attend.argtypes = None, [pointer] * 5 + sizes + [pointer, whole]
+    found.extend.restype, found.extend.argtypes = None, [pointer] * 7 + sizes + [pointer, whole]
     found.layer_room.restype, found.layer_room.argtypes = long, [whole, long, long, long]
     sizes, last = [whole, whole, long, whole, whole], [ctypes.c_float, whole]
     found.before.restype, found.before.argtypes = None, [pointer] * 7 + sizes + last
+    found.normed_product.restype = None
+    found.normed_product.argtypes = [pointer] * 5 + [whole, whole, long, long] + last
     found.after.restype, found.after.argtypes = None, [pointer] * 9 + [*sizes, long] + last
     return found, "on"
 

@@ -1,16 +1,16 @@
-"""Attention in C against a plain softmax in float64, rows that round alike, and what happens without it."""
+"""Attention and layers in C against PyTorch, rows that round alike, and what happens without C."""
 
 import math
 
 import pytest
+import tiny
 import torch
 
 from bdlib import attention
+from bdlib.cache import KVCache
 from bdlib.kernels import native
 
-needs_library = pytest.mark.skipif(
-    native.library() is None, reason=f"attention in C {native.state()}"
-)
+needs_library = pytest.mark.skipif(native.library() is None, reason=f"steps in C {native.state()}")
 LENGTHS = (1, 7, 63, 100, 256, 257, 1000)
 SHAPES = ((9, 3, 64), (8, 8, 64), (8, 2, 128), (8, 1, 96), (3, 1, 32))  # heads, KV heads, dim
 
@@ -161,3 +161,155 @@ def test_it_is_compiled_once_and_even_where_nothing_can_be_kept(
     assert native.state() == "on"
     q, k, v = draw(9, 3, 64, 1, 64)
     assert native.attend(q, k, v, 63).isfinite().all()
+
+
+# ---------------------------------------------------------------- the rest of a layer
+def packed(seed=0, **sizes):
+    """A tiny model of widths that the C file takes, in bfloat16, packed; and the same, not packed."""
+    shape = {"hidden_size": 96, "intermediate_size": 160, "head_dim": 32, "vocab_size": 48} | sizes
+    models = [tiny.model(dtype=torch.bfloat16, seed=seed, **shape) for _ in range(2)]
+    return models[0].requires_grad_(False).pack(), models[1].requires_grad_(False)
+
+
+def streams(model, batch, n, seed=0):
+    """A residual stream, what attention found, and rotations at positions 40 and following."""
+    c, generator = model.config, torch.Generator().manual_seed(seed)
+    x = 3 * torch.randn(batch, n, c.hidden_size, generator=generator)
+    found = torch.randn(batch, n, c.num_heads, c.head_dim, generator=generator)
+    return x, found.bfloat16().transpose(1, 2), model.rotations(40, 40 + n)
+
+
+def close(found, expected, parts=64):
+    """Equal but for a few roundings to bfloat16 (eight bits) of numbers up to the largest."""
+    assert found.dtype == expected.dtype
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= expected.abs().max() / parts
+
+
+@needs_library
+@pytest.mark.parametrize(("batch", "n"), [(1, 1), (1, 2), (1, 5), (1, 8), (1, 9), (3, 4), (1, 64)])
+@torch.inference_mode()
+def test_a_layer_in_c_is_the_layer(batch, n):
+    in_c, usual = packed()
+    assert in_c.layers[1].in_c
+    x, found, (cos, sin) = streams(in_c, batch, n)
+    layers = in_c.layers[1], usual.layers[1]
+    assert native.takes(x)
+    ours, theirs = (
+        m.project(layer, x, cos, sin) for m, layer in zip((in_c, usual), layers, strict=True)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        close(a.float(), b.float())
+    for attended in (found, found.contiguous()):
+        close(in_c.finish(layers[0], x, attended), usual.finish(layers[1], x, attended))
+    many = streams(in_c, 1, native.MOST_TOKENS + 1)[0]
+    assert not native.takes(many)
+    assert torch.equal(
+        in_c.finish(layers[0], many, found[:1, :, :1].expand(-1, -1, many.shape[1], -1)),
+        usual.finish(layers[1], many, found[:1, :, :1].expand(-1, -1, many.shape[1], -1)),
+    )
+
+
+@needs_library
+@torch.inference_mode()
+def test_a_row_of_a_layer_does_not_depend_on_those_beside_it():
+    model, _ = packed()
+    layer = model.layers[0]
+    x, found, (cos, sin) = streams(model, 1, 20)
+    q, k, v = model.project(layer, x, cos, sin)
+    after = model.finish(layer, x, found)
+    scores = model.logits(x)
+    threads = torch.get_num_threads()
+    try:
+        for first, stop, cores in ((0, 1, 1), (3, 4, 2), (5, 10, 1), (11, 20, 2)):
+            torch.set_num_threads(cores)
+            part = x[:, first:stop].contiguous()
+            alone = model.project(layer, part, cos[first:stop], sin[first:stop])
+            for whole, some in zip((q, k, v), alone, strict=True):
+                assert torch.equal(whole[:, :, first:stop], some)
+            assert torch.equal(
+                after[:, first:stop], model.finish(layer, part, found[:, :, first:stop])
+            )
+            assert torch.equal(scores[:, first:stop], model.logits(part))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@needs_library
+@torch.inference_mode()
+def test_products_of_normed_parts():
+    generator = torch.Generator().manual_seed(1)
+    for groups, width, outputs, rows in ((1, 64, 16, 1), (2, 96, 48, 3), (3, 32, 80, 17)):
+        x = torch.randn(1, rows, groups, width, generator=generator)
+        norm = torch.rand(groups, width, generator=generator) + 0.5
+        weight = torch.randn(outputs, groups * width, generator=generator).bfloat16()
+        found = native.normed_product(weight, norm, x, 1e-5)
+        normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm
+        expected = normed.bfloat16().double().flatten(-2) @ weight.double().T
+        close(found.double(), expected, parts=200)
+        assert torch.equal(found, found.bfloat16().float())  # rounded as a product in PyTorch
+
+
+@needs_library
+def test_a_head_in_c_and_what_stays_with_pytorch():
+    with torch.inference_mode():
+        in_c, usual = packed(tie_embeddings=False)
+        assert in_c.head.in_c
+        x = streams(in_c, 1, 5)[0]
+        close(in_c.logits(x), usual.logits(x))
+        assert in_c.logits(x, wide=False).dtype == torch.bfloat16
+        assert not packed(tie_embeddings=True)[0].head.in_c  # the embedding may stay in its file
+    for sizes in (
+        {"hidden_size": 100},
+        {"head_dim": 16},
+        {"attention_bias": True},
+        {"qk_norm": True},
+    ):
+        model = packed(**sizes)[0]
+        assert not any(layer.in_c for layer in model.layers)
+        assert not any(m.in_c for layer in model.layers for m in layer.children())
+    wide = tiny.model(
+        dtype=torch.float32, hidden_size=96, intermediate_size=160, head_dim=32
+    ).pack()
+    assert not wide.layers[0].in_c
+    x = streams(in_c, 1, 5)[0]
+    assert native.takes(x)
+    for other in (x.clone().requires_grad_(True), x.bfloat16(), x[:, ::2]):
+        assert not native.takes(other)
+
+
+@needs_library
+@torch.inference_mode()
+def test_a_model_decodes_alike_with_and_without_c(monkeypatch):
+    in_c, usual = packed(seed=3)
+    tokens = torch.randint(0, 48, (1, 40), generator=torch.Generator().manual_seed(2))
+    found = []
+    for model in (in_c, usual):
+        cache = KVCache(model.config, 64, 1, torch.bfloat16)
+        steps = [
+            model(tokens[:, :20], cache),
+            *(model(t[None], cache) for t in tokens[0, 20:, None]),
+        ]
+        found.append(torch.cat(steps, 1))
+    close(*found, parts=16)
+    monkeypatch.setattr(native, "library", lambda: None)  # after it was packed
+    cache = KVCache(in_c.config, 64, 1, torch.bfloat16)
+    close(in_c(tokens, cache), found[1], parts=16)
+
+
+@needs_library
+def test_a_cache_extended_in_one_call():
+    for n in (1, 3, 7):
+        q, k, v = draw(9, 3, 64, n, 100)
+        generator = torch.Generator().manual_seed(n)
+        new = torch.randn(2, 1, n, 3, 64, generator=generator).bfloat16().transpose(2, 3)
+        keys, values = k.clone(), v.clone()
+        strided = q.transpose(1, 2).contiguous().transpose(1, 2)
+        found = native.extend(strided, *new, keys, values, 70)
+        k[:, :, 70 : 70 + n], v[:, :, 70 : 70 + n] = new
+        assert torch.equal(keys.nan_to_num(), k.nan_to_num())
+        assert torch.equal(values.nan_to_num(), v.nan_to_num())
+        assert torch.equal(found, native.attend(q, k, v, 70))
+    before = keys.clone()
+    assert native.extend(q.float(), *new, keys, values, 70) is None
+    assert torch.equal(keys.nan_to_num(), before.nan_to_num())  # nothing was stored
