@@ -164,26 +164,23 @@ def test_causal_attention_in_bfloat16_has_the_gradients_of_float64(n):
 # ------------------------------------------------------------------ rows that round alike
 
 
-@pytest.fixture(scope="module")
-def smollm2():
+@pytest.fixture(scope="module", params=["as it is", "without C"])
+def smollm2(request):
+    """The target as this machine computes it, and as one does that has no compiler."""
     if not cpu_has_bfloat16():
         pytest.skip("this CPU does not compute in bfloat16")
     if torch.cpu._is_amx_tile_supported():
         pytest.skip("claimed for AVX512-BF16; AMX tiles may sum in another order")
-    return Decoder.load(assets.model_folder("smollm2"), dtype=torch.bfloat16)
-
-
-@pytest.fixture(params=["as it is", "without C"])
-def engine(request, monkeypatch):
-    """Attention as this machine does it, and as one does that has no compiler."""
-    if request.param == "without C":
-        monkeypatch.setattr(attention.native, "library", lambda: None)
+    with pytest.MonkeyPatch.context() as patched:
+        if request.param == "without C":
+            patched.setattr(attention.native, "library", lambda: None)
+        yield Decoder.load(assets.model_folder("smollm2"), dtype=torch.bfloat16)
 
 
 @pytest.mark.parametrize("start", [200, 253, 300, 1022])
 @pytest.mark.parametrize("n", [2, 5, 9])
 @torch.inference_mode()
-def test_verified_rows_are_bit_for_bit_those_of_single_steps(engine, smollm2, start, n):
+def test_verified_rows_are_bit_for_bit_those_of_single_steps(smollm2, start, n):
     """In bfloat16 on packed weights; 253 crosses a multiple of ALIGN, 1022 crosses BLOCK."""
     text = tiny.text(start + n, vocabulary=smollm2.config.vocab_size)[None]
     cache = KVCache(smollm2.config, start + 64, dtype=torch.bfloat16)
@@ -195,7 +192,7 @@ def test_verified_rows_are_bit_for_bit_those_of_single_steps(engine, smollm2, st
 
 
 @torch.inference_mode()
-def test_a_full_sparse_cache_rounds_like_the_full_cache(engine, smollm2):
+def test_a_full_sparse_cache_rounds_like_the_full_cache(smollm2):
     text = tiny.text(120, vocabulary=smollm2.config.vocab_size)[None]
     cache = KVCache(smollm2.config, 128, dtype=torch.bfloat16)
     smollm2.hidden(text[:, :-1], cache)
