@@ -8,10 +8,10 @@ Everything that a decoder needs to know about *which* keys are attended lives in
 What makes it quick on CPU, measured in lesson 02:
 
 * query, key and value projections are one matrix, and so are gate and up;
-* weights are packed once into oneDNN's blocked layout, which also makes a row's result independent
-  of how many rows are computed beside it: verifying five tokens rounds as five single steps do;
-* where a compiler is there, attention of a few queries is one pass over keys and values in C, and what
-  comes before and after it in a layer is one call each (:mod:`bdlib.kernels.native`);
+* where a compiler is there, a layer of a few tokens is three calls in C that read weights, keys and
+  values once, in the order in which they lie (:mod:`bdlib.kernels.native`);
+* elsewhere weights are packed once into oneDNN's blocked layout. Either way a row's result does not
+  depend on how many rows are computed beside it: verifying five tokens rounds as five steps do;
 * the residual stream stays in float32, so bfloat16 rounding does not pile up over layers.
 """
 

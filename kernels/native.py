@@ -178,15 +178,16 @@ def before(layer: Any, config: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tens
 
     ``x`` ``[B, n, C]`` is one that :func:`takes` accepts, all matrices of the layer ones that
     :func:`fits`, ``D`` a multiple of 32; ``cos`` and ``sin`` ``[n, H + 2 H_kv, D]`` are those of
-    :meth:`bdlib.transformer.Decoder.rotations`.
+    :meth:`bdlib.transformer.Decoder.rotations`, or ``[B, n, H + 2 H_kv, D]`` where sequences differ.
     """
     batch, n, width = x.shape
-    _, heads, dim = cos.shape
+    *_, heads, dim = cos.shape
+    cos, sin = cos.contiguous(), sin.contiguous()
     out = torch.empty(batch, n, heads, dim, dtype=torch.bfloat16)
     room = torch.empty(batch * n * width // 2)
     tensors = x, layer.attention_norm, layer.qkv.weight, cos, sin, out, room
     places = (t.data_ptr() for t in tensors)
-    shape = batch * n, n, width, heads, dim
+    shape = batch * n, cos.numel() // (heads * dim), width, heads, dim
     library().before(*places, *shape, config.rms_eps, torch.get_num_threads())
     return out
 

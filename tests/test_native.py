@@ -237,6 +237,22 @@ def test_a_row_of_a_layer_does_not_depend_on_those_beside_it():
 
 @needs_library
 @torch.inference_mode()
+def test_sequences_at_positions_of_their_own():
+    model, usual = packed()
+    x, _, _ = streams(model, 3, 4)
+    cos, sin = (
+        t[torch.tensor([[0, 1, 2, 3], [7, 8, 9, 10], [2, 3, 4, 5]])] for t in model.rotations(0, 20)
+    )
+    for ours, theirs in zip(
+        model.project(model.layers[0], x, cos, sin),
+        usual.project(usual.layers[0], x, cos, sin),
+        strict=True,
+    ):
+        close(ours.float(), theirs.float())
+
+
+@needs_library
+@torch.inference_mode()
 def test_products_of_normed_parts():
     generator = torch.Generator().manual_seed(1)
     for groups, width, outputs, rows in ((1, 64, 16, 1), (2, 96, 48, 3), (3, 32, 80, 17)):
