@@ -421,7 +421,7 @@ def figure(
     name: Annotated[
         str,
         typer.Argument(
-            help="headline, acceptance, transfer, robustness, refresh, controller or speed."
+            help="headline, acceptance, transfer, robustness, refresh, controller, contexts or speed."
         ),
     ],
     out: Annotated[
@@ -440,6 +440,7 @@ def figure(
         "robustness": ("robustness",),
         "refresh": ("refresh",),
         "controller": ("controller", "predicted"),
+        "contexts": ("controller",),
         "speed": ("speed",),
     }
     names = ("headline", "acceptance", *swept)

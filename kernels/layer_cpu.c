@@ -17,13 +17,6 @@ enum { ROWS = 8, GROUP = 16, AHEAD = 8192 };
 
 typedef uint16_t bf16;
 
-static inline float wide(bf16 x) {
-    uint32_t bits = (uint32_t)x << 16;
-    float y;
-    memcpy(&y, &bits, 4);
-    return y;
-}
-
 static inline __m512 wide16(const bf16 *x) {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));

@@ -165,7 +165,7 @@ def normed_product(weight: Tensor, norm: Tensor, x: Tensor, eps: float) -> Tenso
     are rounded to bfloat16, as they would be in PyTorch.
     """
     batch, n, groups, width = x.shape
-    out = torch.empty(batch, n, weight.shape[0])
+    out = torch.empty(batch, n, weight.shape[0], dtype=torch.float32)
     room = torch.empty(batch * n * groups * width // 2)
     places = (t.data_ptr() for t in (x, norm, weight, out, room))
     shape = batch * n, groups, width, weight.shape[0]
