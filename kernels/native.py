@@ -45,7 +45,8 @@ FLAGS = ("-O3", "-fPIC", "-fopenmp", *(f"-m{extension}" for extension in EXTENSI
 MOST_ROWS = 128  # as in the C file: queries times the heads that share a KV head
 DIMS = (32, 64, 96, 128)
 MOST_TOKENS = 64
-"""Tokens that these three take: with more, PyTorch's blocked products are faster."""
+"""Tokens that :func:`before`, :func:`after` and :func:`normed_product` take: with more, PyTorch's blocked
+products are faster."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor | None:
@@ -197,6 +198,7 @@ def after(layer: Any, config: Any, x: Tensor, attended: Tensor) -> Tensor:
     batch, n, width = x.shape
     heads, dim, inner = config.num_heads, config.head_dim, config.intermediate_size
     found, rows = library(), batch * n
+    attended = attended.to(torch.bfloat16)
     if attended.stride(3) != 1:
         attended = attended.contiguous()
     out = torch.empty_like(x)
