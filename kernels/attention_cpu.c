@@ -14,6 +14,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "power_cpu.h"
+
 enum { PART = 256, KEYS = 16, TILE = 12, MOST_DIM = 128, MOST_ROWS = 128 };
 
 typedef uint16_t bf16;
@@ -43,17 +45,6 @@ static inline void transpose(__m512i r[16]) {
         r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
         r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
     }
-}
-
-/* 2 ** x, to 3e-6 of it: bfloat16 keeps 4e-3. */
-static inline __m512 power(__m512 x) {
-    __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x - floor(x) */
-    __m512 y = _mm512_set1_ps(0.013534074f);
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.052011442f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.24144293f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.69300375f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0000026f));
-    return _mm512_scalef_ps(y, x); /* y times 2 ** floor(x) */
 }
 
 /* Both products are written for 1 to TILE rows, whose sums stay in registers. */

@@ -13,6 +13,8 @@
 #include <stdint.h>
 #include <string.h>
 
+#include "power_cpu.h"
+
 enum { ROWS = 8, GROUP = 16, AHEAD = 8192 };
 
 typedef uint16_t bf16;
@@ -37,18 +39,6 @@ static inline float rounded(float x) { /* to bfloat16 and back; x is a number */
 static inline __m512 rounded16(__m512 x) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(
         _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(x)), 16));
-}
-
-/* exp(x), to 3e-6 of it. */
-static inline __m512 exponential(__m512 x) {
-    x = _mm512_mul_ps(x, _mm512_set1_ps(1.44269504f));
-    __m512 f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* x - floor(x) */
-    __m512 y = _mm512_set1_ps(0.013534074f);
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.052011442f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.24144293f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(0.69300375f));
-    y = _mm512_fmadd_ps(y, f, _mm512_set1_ps(1.0000026f));
-    return _mm512_scalef_ps(y, x);
 }
 
 /* Sums of a row of weights with n rows of inputs. Memory is kept busy by asking for what lies AHEAD
@@ -78,6 +68,18 @@ static void product(const bf16 *w, int64_t in, int64_t first, const bf16 *x, int
             int n = rows - r < ROWS ? rows - r : ROWS;
             sums(n, in, w + (first + o) * in, x + r * in, y + r * GROUP + o);
         }
+}
+
+/* The same outputs added to a residual stream: x [rows, width] to out. */
+static void added(const bf16 *w, int64_t in, int64_t first, const bf16 *inputs, int rows,
+                  const float *x, int64_t width, float *out) {
+    float y[rows * GROUP];
+    product(w, in, first, inputs, rows, y);
+    for (int r = 0; r < rows; r++) {
+        int64_t at = r * width + first;
+        __m512 sum = _mm512_add_ps(_mm512_loadu_ps(x + at), _mm512_loadu_ps(y + r * GROUP));
+        _mm512_storeu_ps(out + at, sum);
+    }
 }
 
 /* RMS norm of a row, as bfloat16. */
@@ -178,15 +180,8 @@ void after(const float *x, const bf16 *attended, const int64_t *stride, const bf
                    dim * sizeof(bf16));
         }
 #pragma omp for schedule(static)
-        for (int64_t g = 0; g < width / GROUP; g++) {
-            float y[rows * GROUP];
-            product(w_out, found_width, g * GROUP, found, rows, y);
-            for (int r = 0; r < rows; r++) {
-                int64_t at = r * width + g * GROUP;
-                _mm512_storeu_ps(middle + at, _mm512_add_ps(_mm512_loadu_ps(x + at),
-                                                            _mm512_loadu_ps(y + r * GROUP)));
-            }
-        }
+        for (int64_t g = 0; g < width / GROUP; g++)
+            added(w_out, found_width, g * GROUP, found, rows, x, width, middle);
 #pragma omp for schedule(static)
         for (int r = 0; r < rows; r++)
             norm(middle + r * width, weight, width, eps, normed + r * width);
@@ -197,21 +192,14 @@ void after(const float *x, const bf16 *attended, const int64_t *stride, const bf
             product(w_in + inner * width, width, g * GROUP, normed, rows, up);
             for (int r = 0; r < rows; r++) {
                 __m512 a = _mm512_loadu_ps(gate + r * GROUP), one = _mm512_set1_ps(1.0f);
-                __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), a));
+                __m512 e = power(_mm512_mul_ps(a, _mm512_set1_ps(-1.44269504f))); /* exp(-a) */
                 a = rounded16(_mm512_div_ps(a, _mm512_add_ps(one, e))); /* a / (1 + exp(-a)) */
                 narrow16(active + r * inner + g * GROUP,
                          _mm512_mul_ps(a, _mm512_loadu_ps(up + r * GROUP)));
             }
         }
 #pragma omp for schedule(static)
-        for (int64_t g = 0; g < width / GROUP; g++) {
-            float y[rows * GROUP];
-            product(w_down, inner, g * GROUP, active, rows, y);
-            for (int r = 0; r < rows; r++) {
-                int64_t at = r * width + g * GROUP;
-                _mm512_storeu_ps(out + at, _mm512_add_ps(_mm512_loadu_ps(middle + at),
-                                                         _mm512_loadu_ps(y + r * GROUP)));
-            }
-        }
+        for (int64_t g = 0; g < width / GROUP; g++)
+            added(w_down, inner, g * GROUP, active, rows, middle, width, out);
     }
 }

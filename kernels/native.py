@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 
 SOURCES = tuple(Path(__file__).with_name(f"{name}_cpu.c") for name in ("attention", "layer"))
+HEADER = Path(__file__).with_name("power_cpu.h")
 EXTENSIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma")
 FLAGS = ("-O3", "-fPIC", "-fopenmp", *(f"-m{extension}" for extension in EXTENSIONS))
 MOST_ROWS = 128  # as in the C file: queries times the heads that share a KV head
@@ -262,7 +263,7 @@ def _load(compiler: str) -> ctypes.CDLL:
     from platformdirs import user_cache_path
 
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
-    sources = b"".join(source.read_bytes() for source in SOURCES)
+    sources = b"".join(source.read_bytes() for source in (*SOURCES, HEADER))
     content = sources + " ".join(FLAGS).encode() + version.stdout.encode()
     name = f"native-{hashlib.sha256(content).hexdigest()[:16]}.so"
     path = user_cache_path("bdlib", appauthor=False) / "native" / name
