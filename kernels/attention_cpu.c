@@ -16,35 +16,42 @@
 
 #include "power_cpu.h"
 
-enum { PART = 256, KEYS = 16, TILE = 12, MOST_DIM = 128, MOST_ROWS = 128 };
+enum { PART = 256, KEYS = 16, TILE = 12, AT_ONCE = 3, MOST_DIM = 128, MOST_ROWS = 128 };
+
+static const float LOG2E = 1.44269504f;
 
 typedef uint16_t bf16;
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 
-/* 16 rows of 16 pairs become 16 pairs of 16 rows. */
-static inline void transpose(__m512i r[16]) {
-    __m512i t[16];
-    for (int i = 0; i < 16; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+/* 16 bytes each of keys 0, 4, 8 and 12. From memory, because shuffles are what transposing waits for. */
+static inline __m512i four(const bf16 *k, int64_t stride) {
+    __m512i x = _mm512_castsi128_si512(_mm_loadu_si128((const __m128i *)k));
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(k + 4 * stride)), 1);
+    x = _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(k + 8 * stride)), 2);
+    return _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(k + 12 * stride)), 3);
+}
+
+/* KEYS keys become pairs of them: pair p of each, in the keys' order. */
+static inline void transpose(const bf16 *k, int64_t stride, int pairs, __m512i *pair) {
+    for (int p = 0; p < pairs; p += 4, k += 8) {
+        __m512i a = four(k, stride), b = four(k + stride, stride);
+        __m512i c = four(k + 2 * stride, stride), d = four(k + 3 * stride, stride);
+        __m512i ab = _mm512_unpacklo_epi32(a, b), cd = _mm512_unpacklo_epi32(c, d);
+        pair[p] = _mm512_unpacklo_epi64(ab, cd);
+        pair[p + 1] = _mm512_unpackhi_epi64(ab, cd);
+        ab = _mm512_unpackhi_epi32(a, b), cd = _mm512_unpackhi_epi32(c, d);
+        pair[p + 2] = _mm512_unpacklo_epi64(ab, cd);
+        pair[p + 3] = _mm512_unpackhi_epi64(ab, cd);
     }
-    for (int i = 0; i < 16; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
-        t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
-        t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
-        t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
-    }
-    for (int i = 0; i < 8; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
-        r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
-    }
+}
+
+/* The part that is computed next is fetched meanwhile, a line here and there at an even pace: memory is
+   never idle, and never asked for more than it gives. Entries of a head are taken to lie one after the
+   other. */
+static inline const char *fetch(const char *at, int lines) {
+    for (int i = 0; i < lines; i++) _mm_prefetch(at + 64 * i, _MM_HINT_T1);
+    return at + 64 * lines;
 }
 
 /* Both products are written for 1 to TILE rows, whose sums stay in registers. */
@@ -80,8 +87,7 @@ static inline void scores(int n, int pairs, const __m512i *k, const int32_t *q, 
         __m512 low[n], high[n];                                                                    \
         for (int r = 0; r < n; r++) low[r] = high[r] = _mm512_setzero_ps();                        \
         for (int i = 0; i < count; i += 2) {                                                       \
-            for (int j = 0; j < lines; j++) _mm_prefetch(next + 64 * j, _MM_HINT_T1);              \
-            next += 64 * lines;                                                                    \
+            next = fetch(next, 1);                                                                 \
             __m512i a = _mm512_loadu_si512(v + i * stride);                                        \
             __m512i b = i + 1 < held ? _mm512_loadu_si512(v + (i + 1) * stride)                    \
                                      : _mm512_setzero_si512();                                     \
@@ -103,72 +109,115 @@ static inline void scores(int n, int pairs, const __m512i *k, const int32_t *q, 
     }
 
 static inline void values(int n, int count, int held, const bf16 *v, int64_t stride, int dim,
-                          const bf16 *weight, float *out, const char *next, int lines) {
+                          const bf16 *weight, float *out, const char *next) {
     const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
     const __m512i second =
         _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
     switch (n) { EACH(VALUES) }
 }
 
-/* One part: for each row its largest score, its sum of weights and its weighted sum of values. */
+/* Weights of AT_ONCE rows, all of whose PART scores count: the sums of one row wait for each other. */
+static inline const char *weights(const float *score, bf16 *weight, float *most, float *total,
+                                  const char *next) {
+    __m512 less[AT_ONCE], sum[AT_ONCE];
+    for (int r = 0; r < AT_ONCE; r++) {
+        __m512 top = _mm512_loadu_ps(score + r * PART), other = _mm512_loadu_ps(score + r * PART + 16);
+        for (int i = 32; i < PART; i += 32) {
+            top = _mm512_max_ps(top, _mm512_loadu_ps(score + r * PART + i));
+            other = _mm512_max_ps(other, _mm512_loadu_ps(score + r * PART + i + 16));
+        }
+        most[r] = _mm512_reduce_max_ps(_mm512_max_ps(top, other));
+        less[r] = _mm512_set1_ps(most[r] * LOG2E);
+        sum[r] = _mm512_setzero_ps();
+    }
+    for (int i = 0; i < PART; i += 16)
+        for (int r = 0; r < AT_ONCE; r++) {
+            next = fetch(next, 1);
+            __m512 s = _mm512_loadu_ps(score + r * PART + i);
+            __m512 p = power(_mm512_fmsub_ps(s, _mm512_set1_ps(LOG2E), less[r]));
+            sum[r] = _mm512_add_ps(sum[r], p);
+            _mm256_storeu_si256((__m256i *)(weight + r * PART + i), (__m256i)_mm512_cvtneps_pbh(p));
+        }
+    for (int r = 0; r < AT_ONCE; r++) total[r] = _mm512_reduce_add_ps(sum[r]);
+    return next;
+}
+
+/* As weights(), bit for bit, of one row with `held` scores, of which the first n count. */
+static inline void weights_of_some(const float *score, int n, int held, bf16 *weight, float *most,
+                                   float *total) {
+    __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
+    for (int i = 0; i < n; i += 16) {
+        __mmask16 there = (__mmask16)((1u << smaller(n - i, 16)) - 1);
+        top = _mm512_mask_max_ps(top, there, top, _mm512_loadu_ps(score + i));
+    }
+    *most = _mm512_reduce_max_ps(top);
+    __m512 less = _mm512_set1_ps(*most * LOG2E);
+    for (int i = 0; i < held; i += 16) {
+        int left = n - i < 0 ? 0 : smaller(n - i, 16);
+        __mmask16 there = (__mmask16)((1u << left) - 1);
+        __m512 s = _mm512_loadu_ps(score + i);
+        __m512 p = power(_mm512_fmsub_ps(s, _mm512_set1_ps(LOG2E), less));
+        p = _mm512_maskz_mov_ps(there, p);
+        sum = _mm512_add_ps(sum, p);
+        _mm256_storeu_si256((__m256i *)(weight + i), (__m256i)_mm512_cvtneps_pbh(p));
+    }
+    *total = _mm512_reduce_add_ps(sum);
+}
+
+/* One part: for each row its largest score, its sum of weights and its weighted sum of values. next_k
+   and next_v: where the next part lies. */
 static void part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_stride, int64_t v_stride,
-                 int rows, int queries, int dim, int64_t start, int64_t from, float *most,
-                 float *total, float *out) {
-    const float log2e = 1.44269504f;
+                 int rows, int queries, int dim, int64_t start, int64_t from, const bf16 *next_k,
+                 const bf16 *next_v, float *most, float *total, float *out) {
     int64_t entries = start + queries - from; /* seen by the last query */
     int held = (int)(entries < PART ? entries : PART), pairs = dim / 2, tiles = (rows + TILE - 1) / TILE;
     float score[MOST_ROWS * PART];
-    bf16 weight[MOST_ROWS * PART];
+    bf16 weight[MOST_ROWS * PART], last[KEYS * MOST_DIM];
     __m512i pair[MOST_DIM / 2];
+    int begin[MOST_ROWS / TILE + 2];
+    for (int t = 0; t <= tiles; t++) begin[t] = t * rows / tiles;
+
+    /* A line of keys for each step of values(), one of values for each step of weights(), and what that
+       leaves of the part evenly before. */
+    int lines = PART * dim / 32, in_values = smaller(tiles * (dim / 32) * PART / 2, lines);
+    int in_weights = smaller(rows * PART / 16, lines);
+    const char *fetch_k = (const char *)next_k, *fetch_v = (const char *)next_v;
+    const char *rest_k = fetch_k + 64 * in_values, *rest_v = fetch_v + 64 * in_weights;
+    int blocks = PART / KEYS, rest = (lines - in_values + blocks - 1) / blocks;
+    int others = (lines - in_weights + blocks - 1) / blocks;
+
     for (int i = 0; i < held; i += KEYS) {
-        for (int j = 0; j < KEYS; j++)
-            for (int d = 0; d < dim; d += 32) {
-                _mm_prefetch((const char *)(v + (i + j) * v_stride + d), _MM_HINT_T1);
-            }
-        for (int d = 0; d < pairs; d += 16) {
-            for (int j = 0; j < KEYS; j++)
-                pair[d + j] = i + j < held ? _mm512_loadu_si512(k + (i + j) * k_stride + 2 * d)
-                                           : _mm512_setzero_si512();
-            transpose(pair + d);
+        const bf16 *keys = k + i * k_stride;
+        int64_t stride = k_stride;
+        if (i + KEYS > held) { /* what lies beyond is not read */
+            memset(last, 0, sizeof last);
+            for (int j = 0; i + j < held; j++)
+                memcpy(last + j * dim, keys + j * k_stride, dim * sizeof(bf16));
+            keys = last, stride = dim;
         }
-        for (int t = 0; t < tiles; t++) {
-            int r = t * rows / tiles, n = (t + 1) * rows / tiles - r;
-            scores(n, pairs, pair, (const int32_t *)q + r * pairs, score + r * PART + i);
-        }
+        transpose(keys, stride, pairs, pair);
+        rest_k = fetch(rest_k, rest);
+        rest_v = fetch(rest_v, others);
+        for (int t = 0; t < tiles; t++)
+            scores(begin[t + 1] - begin[t], pairs, pair, (const int32_t *)q + begin[t] * pairs,
+                   score + begin[t] * PART + i);
     }
-    for (int r = 0; r < rows; r++) {
+    int r = 0;
+    if (from + PART <= start + 1)
+        for (; r + AT_ONCE <= rows; r += AT_ONCE)
+            fetch_v = weights(score + r * PART, weight + r * PART, most + r, total + r,
+                              r * PART / 16 < lines ? fetch_v : (const char *)next_v);
+    for (; r < rows; r++) {
         int64_t seen = start + r % queries + 1 - from;
         int n = (int)(seen < 0 ? 0 : seen < held ? seen : held);
-        float *s = score + r * PART;
-        bf16 *w = weight + r * PART;
-        __m512 top = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-        for (int i = 0; i < n; i += KEYS) {
-            __mmask16 there = (__mmask16)((1u << smaller(n - i, 16)) - 1);
-            top = _mm512_mask_max_ps(top, there, top, _mm512_loadu_ps(s + i));
-        }
-        most[r] = _mm512_reduce_max_ps(top);
-        __m512 less = _mm512_set1_ps(most[r] * log2e);
-        for (int i = 0; i < held; i += KEYS) {
-            int left = n - i < 0 ? 0 : smaller(n - i, 16);
-            __mmask16 there = (__mmask16)((1u << left) - 1);
-            __m512 x = _mm512_fmsub_ps(_mm512_loadu_ps(s + i), _mm512_set1_ps(log2e), less);
-            __m512 p = _mm512_maskz_mov_ps(there, power(x));
-            __m256bh e = _mm512_cvtneps_pbh(p);
-            sum = _mm512_add_ps(sum, p);
-            _mm256_storeu_si256((__m256i *)(w + i), (__m256i)e);
-        }
-        total[r] = _mm512_reduce_add_ps(sum);
+        weights_of_some(score + r * PART, n, held, weight + r * PART, most + r, total + r);
     }
-    /* Meanwhile memory fetches the next part's keys, as it fetched these values during the scores: it
-       would have nothing to do otherwise. Keys of a head are taken to lie one after the other. */
-    int steps = tiles * (dim / 32) * PART / 2, lines = (PART * dim / 32 + steps - 1) / steps;
-    const char *next = (const char *)(k + PART * k_stride);
     for (int d = 0; d < dim; d += 32)
         for (int t = 0; t < tiles; t++) {
-            int r = t * rows / tiles, n = (t + 1) * rows / tiles - r;
-            values(n, held + (held & 1), held, v + d, v_stride, dim, weight + r * PART,
-                   out + r * dim + d, next, lines);
-            next += 64 * lines * (PART / 2);
+            values(begin[t + 1] - begin[t], held + (held & 1), held, v + d, v_stride, dim,
+                   weight + begin[t] * PART, out + begin[t] * dim + d, fetch_k);
+            fetch_k += 64 * (PART / 2);
+            if (fetch_k == (const char *)next_k + 64 * lines) fetch_k = (const char *)next_k;
         }
 }
 
@@ -176,6 +225,13 @@ static void part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_stride, 
 int supported(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+}
+
+/* Where a part lies: parts of a head, heads of a batch, in this order. */
+static inline const bf16 *place(const bf16 *x, const int64_t *stride, int64_t unit, int64_t parts,
+                                int64_t heads) {
+    int64_t head = unit / parts;
+    return x + head / heads * stride[0] + head % heads * stride[1] + unit % parts * PART * stride[2];
 }
 
 /* Floats of `room` that attend() needs. */
@@ -194,12 +250,12 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *room,
     {
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < all * parts; unit++) {
-            int64_t head = unit / parts, from = unit % parts * PART;
-            int64_t b = head / heads, h = head % heads;
-            const bf16 *ks = k + b * stride[0] + h * stride[1] + from * stride[2];
-            const bf16 *vs = v + b * stride[3] + h * stride[4] + from * stride[5];
-            part(q + head * rows * dim, ks, vs, stride[2], stride[5], rows, queries, dim, start, from,
-                 most + unit * rows, total + unit * rows, sums + unit * rows * dim);
+            int64_t next = unit + 1 < all * parts ? unit + 1 : unit;
+            part(q + unit / parts * rows * dim, place(k, stride, unit, parts, heads),
+                 place(v, stride + 3, unit, parts, heads), stride[2], stride[5], rows, queries, dim,
+                 start, unit % parts * PART, place(k, stride, next, parts, heads),
+                 place(v, stride + 3, next, parts, heads), most + unit * rows, total + unit * rows,
+                 sums + unit * rows * dim);
         }
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < all * rows; row++) {
