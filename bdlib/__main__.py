@@ -440,7 +440,7 @@ def figure(
         "robustness": ("robustness",),
         "refresh": ("refresh",),
         "controller": ("controller", "predicted"),
-        "contexts": ("controller",),
+        "contexts": ("controller", "predicted"),
         "speed": ("speed",),
     }
     names = ("headline", "acceptance", *swept)

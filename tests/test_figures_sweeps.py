@@ -169,7 +169,7 @@ def test_archive_is_drawn(name):
         ("robustness", {"robustness"}),
         ("refresh", {"refresh"}),
         ("controller", {"controller", "predicted", "fixed"}),
-        ("contexts", {"controller"}),
+        ("contexts", {"controller", "predicted"}),
         ("speed", {"speed"}),
     ],
 )

@@ -61,9 +61,11 @@ def test_it_is_a_softmax(shape, length):
 
 
 @needs_library
-def test_rows_do_not_depend_on_their_neighbours_or_the_threads():
+@pytest.mark.parametrize("heads", [(9, 3), (8, 4), (8, 2)], ids=str)
+def test_rows_do_not_depend_on_their_neighbours_or_the_threads(heads):
+    """Heads in twos and fours too: weights are made for three rows at once, and one by one for the rest."""
     for length in (300, 1000):
-        q, k, v = draw(9, 3, 64, 60, length)
+        q, k, v = draw(*heads, 64, 60, length)
         together = native.attend(q, k, v, length - 60)
         for i in range(60):
             start = length - 60 + i
