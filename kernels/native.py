@@ -6,10 +6,11 @@ it. :func:`state` says which, and why.
 
 **Attention** (:func:`attend`, :func:`extend`). PyTorch takes five calls for it, each of which reads or
 writes the scores of every key, and one product over three KV heads leaves one of two threads without
-work a third of the time. The C file does all of it in one pass over keys and values. Measured on two
-cores of a server CPU, 9 heads on 3, bfloat16, microseconds a layer, PyTorch / this: one query 104 / 21
-over 512 entries, 321 / 150 over 4,096, 1,159 / 550 over 16,384; five queries 140 / 35, 463 / 210, 1,630 /
-790; a prompt's 512 queries, in milliseconds, 21 / 15 over 4,096, 103 / 69 over 16,384.
+work a third of the time. The C file does all of it in one pass over keys and values, and asks memory for
+the next part of them at an even pace while it computes. Measured on two cores of a server CPU, 9 heads on
+3, bfloat16, in turns, microseconds a layer, PyTorch / this: one query 210 / 70 over 512 entries, 490 / 150
+over 4,096, 1,590 / 510 over 16,384; five queries 270 / 80, 630 / 225, 2,990 / 950. (The machine was
+busy: on a quiet one PyTorch takes 104, 321 and 1,159 for one query.)
 Formula: ``softmax(q k^T) v`` in float32, weights rounded to bfloat16. Work is shared out by KV head and
 part of 256 entries; bytes read: keys and values once for up to 128 rows (queries times the heads that
 share a KV head), written: 4 ``(D + 2)`` a row and part.
