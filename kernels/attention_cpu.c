@@ -9,18 +9,12 @@
 
    Rows are the queries of the heads that share a KV head: row j of `rows` is query j % queries, which
    sees the entries up to start + j % queries. */
-#include <immintrin.h>
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
 
-#include "power_cpu.h"
+#include "common_cpu.h"
 
 enum { PART = 256, KEYS = 16, TILE = 12, AT_ONCE = 3, MOST_DIM = 128, MOST_ROWS = 128 };
-
-static const float LOG2E = 1.44269504f;
-
-typedef uint16_t bf16;
 
 static inline int smaller(int a, int b) { return a < b ? a : b; }
 
@@ -116,6 +110,11 @@ static inline void values(int n, int count, int held, const bf16 *v, int64_t str
     switch (n) { EACH(VALUES) }
 }
 
+/* exp(score - largest) of 16 scores; `less`: LOG2E times the largest. */
+static inline __m512 weight16(const float *score, __m512 less) {
+    return power(_mm512_fmsub_ps(_mm512_loadu_ps(score), _mm512_set1_ps(LOG2E), less));
+}
+
 /* Weights of AT_ONCE rows, all of whose PART scores count: the sums of one row wait for each other. */
 static inline const char *weights(const float *score, bf16 *weight, float *most, float *total,
                                   const char *next) {
@@ -133,10 +132,9 @@ static inline const char *weights(const float *score, bf16 *weight, float *most,
     for (int i = 0; i < PART; i += 16)
         for (int r = 0; r < AT_ONCE; r++) {
             next = fetch(next, 1);
-            __m512 s = _mm512_loadu_ps(score + r * PART + i);
-            __m512 p = power(_mm512_fmsub_ps(s, _mm512_set1_ps(LOG2E), less[r]));
-            sum[r] = _mm512_add_ps(sum[r], p);
-            _mm256_storeu_si256((__m256i *)(weight + r * PART + i), (__m256i)_mm512_cvtneps_pbh(p));
+            __m512 w = weight16(score + r * PART + i, less[r]);
+            sum[r] = _mm512_add_ps(sum[r], w);
+            narrow16(weight + r * PART + i, w);
         }
     for (int r = 0; r < AT_ONCE; r++) total[r] = _mm512_reduce_add_ps(sum[r]);
     return next;
@@ -155,11 +153,9 @@ static inline void weights_of_some(const float *score, int n, int held, bf16 *we
     for (int i = 0; i < held; i += 16) {
         int left = n - i < 0 ? 0 : smaller(n - i, 16);
         __mmask16 there = (__mmask16)((1u << left) - 1);
-        __m512 s = _mm512_loadu_ps(score + i);
-        __m512 p = power(_mm512_fmsub_ps(s, _mm512_set1_ps(LOG2E), less));
-        p = _mm512_maskz_mov_ps(there, p);
-        sum = _mm512_add_ps(sum, p);
-        _mm256_storeu_si256((__m256i *)(weight + i), (__m256i)_mm512_cvtneps_pbh(p));
+        __m512 w = _mm512_maskz_mov_ps(there, weight16(score + i, less));
+        sum = _mm512_add_ps(sum, w);
+        narrow16(weight + i, w);
     }
     *total = _mm512_reduce_add_ps(sum);
 }
@@ -178,7 +174,8 @@ static void part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_stride, 
     for (int t = 0; t <= tiles; t++) begin[t] = t * rows / tiles;
 
     /* A line of keys for each step of values(), one of values for each step of weights(), and what that
-       leaves of the part evenly before. */
+       leaves of the part evenly before. Many rows have more steps than there are lines: they begin
+       again, at lines that are there already. */
     int lines = PART * dim / 32, in_values = smaller(tiles * (dim / 32) * PART / 2, lines);
     int in_weights = smaller(rows * PART / 16, lines);
     const char *fetch_k = (const char *)next_k, *fetch_v = (const char *)next_v;
@@ -204,9 +201,10 @@ static void part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_stride, 
     }
     int r = 0;
     if (from + PART <= start + 1)
-        for (; r + AT_ONCE <= rows; r += AT_ONCE)
-            fetch_v = weights(score + r * PART, weight + r * PART, most + r, total + r,
-                              r * PART / 16 < lines ? fetch_v : (const char *)next_v);
+        for (; r + AT_ONCE <= rows; r += AT_ONCE) {
+            fetch_v = weights(score + r * PART, weight + r * PART, most + r, total + r, fetch_v);
+            if (fetch_v >= (const char *)next_v + 64 * lines) fetch_v = (const char *)next_v;
+        }
     for (; r < rows; r++) {
         int64_t seen = start + r % queries + 1 - from;
         int n = (int)(seen < 0 ? 0 : seen < held ? seen : held);
@@ -217,7 +215,7 @@ static void part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_stride, 
             values(begin[t + 1] - begin[t], held + (held & 1), held, v + d, v_stride, dim,
                    weight + begin[t] * PART, out + begin[t] * dim + d, fetch_k);
             fetch_k += 64 * (PART / 2);
-            if (fetch_k == (const char *)next_k + 64 * lines) fetch_k = (const char *)next_k;
+            if (fetch_k >= (const char *)next_k + 64 * lines) fetch_k = (const char *)next_k;
         }
 }
 
@@ -269,7 +267,7 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *room,
             }
             for (int d = 0; d < dim; d += 16) {
                 __m512 mean = _mm512_div_ps(_mm512_loadu_ps(sum + d), _mm512_set1_ps(weight));
-                _mm256_storeu_si256((__m256i *)(out + row * dim + d), (__m256i)_mm512_cvtneps_pbh(mean));
+                narrow16(out + row * dim + d, mean);
             }
         }
     }

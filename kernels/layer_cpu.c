@@ -8,24 +8,16 @@
    Every output of a product is one sum over its weights in one order, whatever rows are beside it and
    whoever computes it: a verified row is bit for bit the row of a plain step. Results are rounded to
    bfloat16 where a product in PyTorch would round them; the residual stream is float32. */
-#include <immintrin.h>
 #include <math.h>
-#include <stdint.h>
 #include <string.h>
 
-#include "power_cpu.h"
+#include "common_cpu.h"
 
 enum { ROWS = 8, GROUP = 16, AHEAD = 8192 };
-
-typedef uint16_t bf16;
 
 static inline __m512 wide16(const bf16 *x) {
     return _mm512_castsi512_ps(
         _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)x)), 16));
-}
-
-static inline void narrow16(bf16 *to, __m512 x) {
-    _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
 }
 
 static inline float rounded(float x) { /* to bfloat16 and back; x is a number */
@@ -192,7 +184,7 @@ void after(const float *x, const bf16 *attended, const int64_t *stride, const bf
             product(w_in + inner * width, width, g * GROUP, normed, rows, up);
             for (int r = 0; r < rows; r++) {
                 __m512 a = _mm512_loadu_ps(gate + r * GROUP), one = _mm512_set1_ps(1.0f);
-                __m512 e = power(_mm512_mul_ps(a, _mm512_set1_ps(-1.44269504f))); /* exp(-a) */
+                __m512 e = power(_mm512_mul_ps(a, _mm512_set1_ps(-LOG2E))); /* exp(-a) */
                 a = rounded16(_mm512_div_ps(a, _mm512_add_ps(one, e))); /* a / (1 + exp(-a)) */
                 narrow16(active + r * inner + g * GROUP,
                          _mm512_mul_ps(a, _mm512_loadu_ps(up + r * GROUP)));

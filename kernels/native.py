@@ -41,7 +41,7 @@ import torch
 from torch import Tensor
 
 SOURCES = tuple(Path(__file__).with_name(f"{name}_cpu.c") for name in ("attention", "layer"))
-HEADER = Path(__file__).with_name("power_cpu.h")
+HEADER = Path(__file__).with_name("common_cpu.h")
 EXTENSIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma")
 FLAGS = ("-O3", "-fPIC", "-fopenmp", *(f"-m{extension}" for extension in EXTENSIONS))
 MOST_ROWS = 128  # as in the C file: queries times the heads that share a KV head
