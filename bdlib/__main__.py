@@ -139,6 +139,10 @@ def measure(
         str, typer.Option(help="A file or folder of text, or embedded:train|held-out|all.")
     ] = "embedded:held-out",
     samples: Annotated[int, typer.Option(help="Windows of text to measure on.")] = 4,
+    within: Annotated[
+        int | None,
+        typer.Option(help="Prompts are the ends of windows of this context; else cut anew."),
+    ] = None,
     new_tokens: Annotated[int, typer.Option(help="Tokens to generate per sample.")] = 64,
     refresh: Annotated[
         int | None, typer.Option(help="Select entries anew every so many rounds.")
@@ -177,6 +181,7 @@ def measure(
         controller=controller,
         text=text,
         samples=samples,
+        within=within,
         new_tokens=new_tokens,
         refresh=refresh,
         reach=reach,

@@ -457,13 +457,24 @@ def window(tokenizer: Any, document: Document, tokens: int, offset: int = 0) -> 
 
 
 def windows(
-    tokenizer: Any, documents: Sequence[Document], tokens: int, samples: int, seed: int = 0
+    tokenizer: Any,
+    documents: Sequence[Document],
+    tokens: int,
+    samples: int,
+    seed: int = 0,
+    within: int | None = None,
 ) -> list[tuple[Document, int, torch.Tensor]]:
     """``samples`` distinct windows of ``tokens`` tokens, spread over the documents.
 
     The documents are taken in an order drawn from ``seed``, each once before any is
     taken again; the windows of one document are spread along it. Documents that are too
     short are passed over. The same arguments give the same windows.
+
+    Parameters
+    ----------
+    within
+        Cut windows of so many tokens, and keep the last ``tokens`` of each: windows of several lengths
+        then end at the same places of the same documents, and differ in nothing but what comes before.
 
     Returns
     -------
@@ -472,10 +483,17 @@ def windows(
     Raises
     ------
     CorpusError
-        If the documents that are long enough do not hold that many distinct windows.
+        If the documents that are long enough do not hold that many distinct windows, or ``within`` is
+        below ``tokens``.
     """
 
     _checked_tokens(tokens)
+    if within is not None and within != tokens:
+        if within < tokens:
+            raise CorpusError(f"within {within} must be at least the {tokens} tokens of a window")
+        cut = windows(tokenizer, documents, within, samples, seed)
+        earlier = within - tokens
+        return [(document, offset + earlier, whole[earlier:]) for document, offset, whole in cut]
     if samples < 1:
         raise CorpusError(f"samples must be at least 1, found {samples}")
     if not documents:

@@ -66,6 +66,7 @@ FIELDS = {
     "controller": "whether a controller chose gamma anew for each round, 0 included",
     "gammas": "rounds by the gamma asked for, as {gamma: rounds}",
     "context": "prompt and generated tokens together",
+    "within": "context of the windows whose ends the prompts are; null: prompts were cut for themselves",
     "prompt_tokens": "tokens of the prompt",
     "new_tokens": "most tokens generated",
     "chat": "whether the prompt is a chat request (which stop tokens may end) or plain text",
@@ -158,6 +159,9 @@ class MeasureSettings:
         What :func:`bdlib.corpora.load_texts` takes.
     samples
         Windows of text to measure on.
+    within
+        Take the windows from the end of longer ones, of this context: measurements at several contexts
+        are then of the same documents and end at the same places. ``None`` cuts them anew for each.
     new_tokens
         Tokens to generate; fewer than ``context``.
     refresh
@@ -182,6 +186,7 @@ class MeasureSettings:
     controller: bool = False
     text: str = "embedded:held-out"
     samples: int = 4
+    within: int | None = None
     new_tokens: int = 64
     refresh: int | None = None
     reach: int | None = None
@@ -203,6 +208,12 @@ class MeasureSettings:
             raise ValueError(f"controller {self.controller!r} must be True or False")
         if self.refresh is not None:
             _whole("refresh", self.refresh, 1)
+        if self.within is not None:
+            _whole("within", self.within, 1)
+            if self.within < self.context:
+                raise ValueError(
+                    f"within {self.within} must be at least the context of {self.context}"
+                )
         if self.reach is not None:
             from bdlib.drafters import check_reach
 
@@ -433,7 +444,8 @@ def _prompts(
     from bdlib import corpora
 
     tokens = settings.context - settings.new_tokens
-    found = corpora.windows(tokenizer, documents, tokens, settings.samples, settings.seed)
+    within = None if settings.within is None else settings.within - settings.new_tokens
+    found = corpora.windows(tokenizer, documents, tokens, settings.samples, settings.seed, within)
     if not settings.chat:
         return found
     return [

@@ -105,13 +105,17 @@ that it may draft. Temperature is 0.7 if unset when sampling, else 0."""
 
 SETTINGS = {
     "samples": Axis(4, "a whole number of at least 1 window", _whole(1)),
+    "within": Axis(
+        None, "the largest context, a whole number of tokens", lambda v: v is None or _whole(2)(v)
+    ),
     "new_tokens": Axis(64, "a whole number of at least 1 token", _whole(1)),
     "positions": Axis(256, "a whole number of at least 1 position", _whole(1)),
     "block": Axis(64, "a whole number of at least 1 position", _whole(1)),
     "repeats": Axis(1, "a whole number of at least 1 run", _whole(1)),
     "seed": Axis(0, "a whole number of at least 0", _whole(0)),
 }
-"""One value for a whole grid or a table of it; ``positions`` and ``block`` as in bdlib.forced."""
+"""One value for a whole grid or a table of it; ``positions`` and ``block`` as in bdlib.forced,
+``within`` as in :class:`bdlib.measure.MeasureSettings`."""
 
 PLACE = {"pair": "smollm2", "dtype": "auto", "device": "auto"}
 
@@ -139,6 +143,7 @@ class Point:
     repeats: int | None
     seed: int
     controller: bool | None = False
+    within: int | None = None
 
     @classmethod
     def of(cls, values: Mapping[str, Any]) -> Point:
@@ -150,6 +155,8 @@ class Point:
             Names the value and what is allowed.
         """
         v = dict(values)
+        if v["within"] is not None and v["within"] < v["context"]:
+            raise ValueError(f"within {v['within']} must be at least the context of {v['context']}")
         if v["budget"] == "full" or v["policy"] == "full":
             v |= {"policy": "full", "budget": None}
         if v["refresh"] == "never":
@@ -209,6 +216,7 @@ class Point:
             controller=bool(self.controller),
             text=self.text,
             samples=self.samples,
+            within=self.within,
             new_tokens=self.new_tokens,
             refresh=self.refresh,
             temperature=self.temperature,
@@ -415,13 +423,14 @@ def plan(grid: Grid) -> Plan:
     groups: dict[tuple, list[Point]] = {}
     for p in grid.points:
         forced = p.regime == "teacher-forced"
-        asked = (p.new_tokens, p.regime == "chat")
+        asked = (p.new_tokens, p.regime == "chat", p.within)
         groups.setdefault((p.text, p.context, p.samples, p.seed, forced, *asked), []).append(p)
     turns: list[tuple[int, int, Job]] = []
     for number, ((text, context, samples, seed, forced, *_), points) in enumerate(groups.items()):
         try:
             if forced:
-                cut = corpora.windows(tokenizer, texts[text], context, samples, seed)
+                within = points[0].within
+                cut = corpora.windows(tokenizer, texts[text], context, samples, seed, within)
             else:
                 cut = measure._prompts(points[0].measured(grid.place), tokenizer, texts[text])
         except ValueError as error:
@@ -433,7 +442,10 @@ def plan(grid: Grid) -> Plan:
             for point in points:
                 source = sources[point.drafter]
                 decides = [SCHEMA, place, target, beyond, sample, tokens, source.digest]
-                cells.append((_key([*decides, asdict(replace(point, samples=1))]), point, source))
+                # How the window was cut is told by its tokens.
+                told = asdict(replace(point, samples=1))
+                del told["within"]
+                cells.append((_key([*decides, told]), point, source))
             job = Job(place, beyond, document.name, offset, sample, tokens, tuple(cells))
             turns.append((sample, number, job))
     turns.sort(key=lambda turn: turn[:2])
@@ -619,7 +631,12 @@ def _generated(job: Job, pair: Pair, cells: Sequence[tuple]) -> Iterator[tuple]:
         filled = None
         while same:
             key, point, source, settings, own, drafter = same.pop(0)
-            kind = job.place, job.reach, source, replace(point, text="", samples=1, seed=0)
+            kind = (
+                job.place,
+                job.reach,
+                source,
+                replace(point, text="", samples=1, within=None, seed=0),
+            )
             if kind not in _warm:
                 measure._warm_up(settings, own, drafter, prompt)
                 _warm.add(kind)

@@ -276,6 +276,21 @@ def test_windows_use_every_distinct_place_and_no_more(tokenizer):
         corpora.windows(tokenizer, [document], length - 2, samples=4)
 
 
+def test_windows_of_several_lengths_end_at_the_same_places(tokenizer):
+    documents = [numbers(400, name) for name in "abc"] + [numbers(50, "short")]
+    whole = corpora.windows(tokenizer, documents, 200, samples=5, seed=3)
+    again = corpora.windows(tokenizer, documents, 200, samples=5, seed=3, within=200)
+    assert [w[:2] for w in whole] == [w[:2] for w in again]
+    short = corpora.windows(tokenizer, documents, 40, samples=5, seed=3, within=200)
+    for (one, far, long), (other, offset, piece) in zip(whole, short, strict=True):
+        assert one is other
+        assert offset == far + 160
+        assert torch.equal(piece, long[160:])
+        assert torch.equal(piece, corpora.window(tokenizer, other, 40, offset))
+    with pytest.raises(CorpusError, match="within 39 must be at least the 40 tokens of a window"):
+        corpora.windows(tokenizer, documents, 40, samples=5, seed=3, within=39)
+
+
 def test_windows_errors(tokenizer):
     with pytest.raises(CorpusError, match="longest of 2 document.*'b', has 3"):
         corpora.windows(tokenizer, [Document("a", "x"), Document("b", "x y z")], 10, samples=1)

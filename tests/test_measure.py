@@ -665,6 +665,25 @@ def test_a_process_ends_with_status_2():
     assert done.stderr == "error: budget 0 must be a whole number of at least 1\n"
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_prompts_of_several_contexts_end_at_the_same_places(place, basic, chat):
+    tokenizer = load_pair(target=place / "target", dtype="float64", device="cpu").tokenizer
+    tokenizer.chat_template = "{% for m in messages %}w1 {{ m['content'] }} w2{% endfor %}"
+    documents = corpora.load_texts(place / "texts")
+    settings = replace(basic, chat=chat, samples=3, within=96)
+    long, short = (
+        measuring._prompts(replace(settings, context=context), tokenizer, documents)
+        for context in (96, 64)
+    )
+    for (one, far, whole), (other, offset, prompt) in zip(long, short, strict=True):
+        assert one is other
+        assert offset == far + 32
+        assert (len(whole), len(prompt)) == (96 - 24, 64 - 24)
+        frame = int(chat)  # a chat template puts one token in front
+        assert torch.equal(prompt[frame:], whole[frame + 32 :])
+        assert torch.equal(prompt[:frame], whole[:frame])
+
+
 def test_settings_by_themselves():
     assert MeasureSettings().entries == 256
     assert MeasureSettings(policy="full", context=999).entries == 999
@@ -673,6 +692,8 @@ def test_settings_by_themselves():
         ({"budget": 2.5}, "budget 2.5 must be a whole number"),
         ({"seed": -1}, "seed -1 must be a whole number of at least 0"),
         ({"repeats": 0}, "repeats 0 must be"),
+        ({"within": 0}, "within 0 must be a whole number"),
+        ({"within": 2047}, "within 2047 must be at least the context of 2048"),
     ):
         with pytest.raises(ValueError, match=message):
             MeasureSettings(**changes)

@@ -169,6 +169,11 @@ def change(**axes):
         ({"grid": [change(budget=True)]}, "budget True must be"),
         ({"grid": [change(context=1)]}, "context 1 must be a whole number of at least 2"),
         ({"grid": [change(context="4K")]}, "context '4K' must be"),
+        (
+            {"within": 48, "grid": [change()]},
+            "table 1: within 48 must be at least the context of 64",
+        ),
+        ({"within": "16K"}, "within '16K' must be the largest context, a whole number of tokens"),
         ({"grid": [change(context=12)]}, "new_tokens 12 must be fewer than the context of 12"),
         ({"grid": [change(gamma=2.5)]}, "gamma 2.5 must be a whole number"),
         ({"grid": [change(refresh=0)]}, 'refresh 0 must be a whole .* or "never"'),
@@ -310,6 +315,23 @@ def test_a_context_beyond_the_targets_positions_stretches_it(place, tmp_path):
     sweeps.run(grid(place, samples=1, grid=[table]), tmp_path, progress=False)
     cells = [json.loads(p.read_text()) for p in (tmp_path / "cells").iterdir()]
     assert {c["point"]["context"]: c["scaling"] for c in cells} == {64: "none", 600: "YaRN x2"}
+
+
+@pytest.mark.parametrize("regime", ["teacher-forced", "sampling"])
+def test_contexts_of_a_grid_may_end_at_the_same_places(place, regime):
+    table = change(regime=regime, drafter="alone", context=[96, 64], policy="sink_window")
+    planned = sweeps.plan(grid(place, within=96, samples=3, grid=[table]))
+    cut = {}
+    for job in planned.jobs:
+        cut.setdefault(job.cells[0][1].context, []).append(job)
+    for long, short in zip(cut[96], cut[64], strict=True):
+        assert short.document == long.document
+        assert short.offset == long.offset + 32
+        assert short.prompt == long.prompt[32:]
+    apart = sweeps.plan(grid(place, samples=3, grid=[table]))
+    assert [j.prompt for j in apart.jobs] != [j.prompt for j in planned.jobs]
+    # A window is known by its tokens: cut alone, the longest have the same cells.
+    assert {c[0] for j in cut[96] for c in j.cells} <= apart.cells
 
 
 def test_rows_add_up(swept):
