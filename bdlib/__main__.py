@@ -445,7 +445,7 @@ def figure(
         "robustness": ("robustness",),
         "refresh": ("refresh",),
         "controller": ("controller", "predicted"),
-        "contexts": ("controller", "predicted"),
+        "contexts": ("controller", "longer", "predicted"),
         "speed": ("speed",),
     }
     names = ("headline", "acceptance", *swept)

@@ -207,9 +207,6 @@ def _draft(
             reached *= stop.chance(chances[-1])
         if model.vocabulary is not None:  # from rows of the head to token ids
             token = model.vocabulary[token]
-            if row is not None:
-                whole = row.new_zeros(1, model.config.vocab_size)
-                row = whole.index_copy_(1, model.vocabulary, row)
         drafted.append(token)
         probs.append(row)
         if i + 1 == n or (stop is not None and reached < stop.below):
@@ -217,6 +214,9 @@ def _draft(
         state = None if states is None else hidden[0, -1:]
         hidden = _run(model, token[:, None], cache, state)
     rows = None if sampling.greedy else torch.cat(probs)
+    if rows is not None and model.vocabulary is not None:
+        whole = rows.new_zeros(len(rows), model.config.vocab_size)
+        rows = whole.index_copy_(1, model.vocabulary, rows)
     return Proposal(torch.cat(drafted), rows, tuple(chances))
 
 

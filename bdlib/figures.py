@@ -9,6 +9,7 @@ the same in JupyterLab's light and dark themes.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from html import escape
 from statistics import fmean, median
@@ -1033,6 +1034,117 @@ def controller(
         fig,
         f"{first['drafter']}, budget {first['budget']}, gamma at most {first['gamma']}; decoding alone;"
         " hollow: the output loops; bars: medians of those that do not;\n"
+        f"{about['threads'][0]} threads. {origin(about)}",
+    )
+    return fig, axes[0]
+
+
+def against_shortest(
+    records: Sequence[Mapping[str, Any]], looping: bool | None = False
+) -> list[dict[str, Any]]:
+    """What a longer context changes on the same texts: speed-up, and the two parts that it is made of.
+
+    Speed-up is tokens a round over what a round costs, in plain steps. Each is set beside itself at the
+    shortest context, prompt by prompt: the windows end at the same places, so nothing differs but what
+    was read before.
+
+    Parameters
+    ----------
+    records
+        Rows of a sweep with ``within`` (see :class:`bdlib.measure.MeasureSettings`).
+    looping
+        Only pairs of which neither output (``False``) or both (``True``) go in circles; ``None`` takes
+        all of them.
+
+    Returns
+    -------
+    list of dict
+        For each longer context: ``context``, and ``speedup``, ``tokens`` and ``cost``, geometric means
+        over prompts with their 95 % bootstrap intervals (:class:`bdlib.measure.Interval`). A prompt's
+        policies are averaged first, so that it counts once.
+
+    Raises
+    ------
+    ValueError
+        If the windows do not end at the same places, or there is one context.
+    """
+    from bdlib import measure
+
+    contexts = sorted({r["context"] for r in records})
+    if len(contexts) < 2:
+        raise ValueError(f"contexts {contexts} must be at least two to be compared")
+    runs: dict[tuple, dict[int, Mapping[str, Any]]] = {}
+    for r in records:
+        runs.setdefault((r["text"], r["sample"], r["policy"]), {})[r["context"]] = r
+    rows = []
+    for context in contexts[1:]:
+        logs: dict[tuple, list[tuple[float, float]]] = {}
+        for (text, sample, _), own in runs.items():
+            if contexts[0] not in own or context not in own:
+                continue
+            short, long = own[contexts[0]], own[context]
+            ends = [(r["document"], r["offset"] + r["context"]) for r in (short, long)]
+            if ends[0] != ends[1]:
+                raise ValueError(
+                    f"sample {sample} of {text!r} ends at token {ends[0][1]} of {ends[0][0]!r} at"
+                    f" {contexts[0]}, at {ends[1][1]} of {ends[1][0]!r} at {context}: measure with"
+                    " 'within'"
+                )
+            if looping is None or (bool(short["looping"]), bool(long["looping"])) == (looping,) * 2:
+                gain, tokens = (
+                    math.log(long[name] / short[name])
+                    for name in ("speedup_decode", "accepted_length")
+                )
+                logs.setdefault((text, sample), []).append((gain, tokens))
+        means = [tuple(map(fmean, zip(*own, strict=True))) for own in logs.values()]
+        parts = {
+            "speedup": [gain for gain, _ in means],
+            "tokens": [tokens for _, tokens in means],
+            "cost": [tokens - gain for gain, tokens in means],
+        }
+        rows.append({"context": context} | {n: _exp(measure.interval(v)) for n, v in parts.items()})
+    return rows
+
+
+def _exp(span: Interval) -> Interval:
+    """The interval of a geometric mean from that of the logarithms' mean."""
+    ends = (None if end is None else math.exp(end) for end in span[:3])
+    return type(span)(*ends, span.n)
+
+
+def longer(
+    records: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
+) -> tuple[Figure, Sequence[Axes]]:
+    """:func:`against_shortest` of the runs with a controller that do not loop: a panel a regime."""
+    import matplotlib.pyplot as plt
+
+    steered = [r for r in records if r["controller"]]
+    regimes = list(dict.fromkeys(r["regime"] for r in steered))
+    shortest = min(r["context"] for r in steered)
+    fig, axes = plt.subplots(
+        1, len(regimes), figsize=(5 * len(regimes), 4), sharey=True, squeeze=False
+    )
+    series = {"tokens": "tokens a round", "cost": "cost of a round", "speedup": "speed-up"}
+    for ax, regime in zip(axes[0], regimes, strict=True):
+        rows = against_shortest(_where(steered, regime=regime))
+        for i, (name, label) in enumerate(series.items()):
+            for x, row in enumerate(rows):
+                span = row[name]
+                if span.n:
+                    style = {"marker": MARKERS[i], "color": CYCLE[i], "ls": "none", "capsize": 3}
+                    place = x + 0.2 * (i - 1)
+                    ax.errorbar(place, span.mean, _reach(span), label=label, **style)
+        ax.axhline(1, color="black", ls="--", lw=1)
+        named = [f"{_tick('context', r['context'])}\n(n = {r['tokens'].n})" for r in rows]
+        ax.set_xticks(range(len(rows)), named)
+        ax.set(xlabel="context (tokens)", xlim=(-0.5, len(rows) - 0.5), title=regime)
+    axes[0, 0].set(ylabel=f"over that at {shortest:,} tokens")
+    _legend_above(fig, axes[0, :1], 3)
+    first = steered[0]
+    caption(
+        fig,
+        f"{first['drafter']}, budget {first['budget']}, controller; same texts, ending at the same"
+        " places; outputs that do not loop; geometric means over n texts, 95 % intervals;\n"
         f"{about['threads'][0]} threads. {origin(about)}",
     )
     return fig, axes[0]

@@ -159,8 +159,7 @@ class FeatureDecoder(Decoder):
         """One state for each position from the target's streams: ``[..., taps, C] -> [..., C]``."""
         wide = features.to(self._wide)
         if self.fuse.in_c and native.takes(rows := wide.flatten(0, -3)[None]):
-            weights = self.fuse.weight, self.tap_norm
-            fused = native.normed_product(*weights, rows, self.config.rms_eps)
+            fused = native.normed_product(self.fuse, self.tap_norm, rows, self.config.rms_eps)
             return fused.view(*wide.shape[:-2], -1)
         normed = F.rms_norm(wide, wide.shape[-1:], None, self.config.rms_eps) * self.tap_norm
         return self.fuse(normed.flatten(-2).to(self.dtype)).to(self._wide)
@@ -169,8 +168,8 @@ class FeatureDecoder(Decoder):
         """The residual stream that enters the first layer: ``[B, n]`` and ``[B, n, C]``."""
         parts, norms = (self.embed(tokens), states), (self.embedding_norm, self.state_norm)
         if self.mix.in_c and native.takes(states):
-            weights, both = (self.mix.weight, torch.stack(norms)), torch.stack(parts, -2)
-            return native.normed_product(*weights, both, self.config.rms_eps)
+            norm, both = torch.stack(norms), torch.stack(parts, -2)
+            return native.normed_product(self.mix, norm, both, self.config.rms_eps)
         normed = [self._norm(part, weight) for part, weight in zip(parts, norms, strict=True)]
         return self.mix(torch.cat(normed, -1)).to(self._wide)
 
@@ -430,10 +429,12 @@ def load_drafter(
     config = replace(config, max_positions=target.config.max_positions, rope=rope)
     vocabulary = weights.pop("vocabulary", None)
     scales = {k: weights.pop(k) for k in list(weights) if k.endswith(SCALE)}
+    stored: dict[str, tuple[Tensor, Tensor]] = {}
     for name, scale in scales.items():
         if (base := name.removesuffix(SCALE)) in weights:
             rows = weights[base].shape[:1]
             _check_shape(folder, name, scale, (*rows, 1))
+            stored[base] = weights[base], scale
             weights[base] = weights[base].float() * scale
     with torch.device("meta"):
         drafter = FeatureDecoder(config, taps) if feature else Decoder(config)
@@ -465,4 +466,9 @@ def load_drafter(
     drafter.reach = reach
     drafter.requires_grad_(False)
     del weights, state  # packing copies: what is not held here is freed as it goes
-    return drafter.pack() if pack else drafter
+    if not pack:
+        return drafter
+    drafter.pack()
+    for name, numbers in stored.items():
+        drafter.get_submodule(name.removesuffix(".weight")).keep(*numbers)
+    return drafter

@@ -149,6 +149,13 @@ def fits(linear: Any) -> bool:
     )
 
 
+def _placed(linear: Any) -> tuple[int, int]:
+    """Where the weight of a :class:`bdlib.transformer.Linear` lies, and its scales (0: none)."""
+    if linear.codes is None:
+        return linear.weight.data_ptr(), 0
+    return linear.codes.data_ptr(), linear.scale.data_ptr()
+
+
 def takes(x: Tensor) -> bool:
     """Whether states ``x`` ``[B, n, ...]`` are some for these functions: few tokens, no gradient."""
     return (
@@ -161,17 +168,18 @@ def takes(x: Tensor) -> bool:
     )
 
 
-def normed_product(weight: Tensor, norm: Tensor, x: Tensor, eps: float) -> Tensor:
+def normed_product(linear: Any, norm: Tensor, x: Tensor, eps: float) -> Tensor:
     """RMS norm of each part of ``x`` ``[B, n, G, C]`` and a product of all: ``[B, n, outputs]``, float32.
 
-    ``weight`` ``[outputs, G C]`` is one that :func:`fits`, ``norm`` ``[G, C]`` the norms' weights. Sums
+    ``linear`` has a weight ``[outputs, G C]`` that :func:`fits`, ``norm`` ``[G, C]`` is the norms'. Sums
     are rounded to bfloat16, as they would be in PyTorch.
     """
     batch, n, groups, width = x.shape
-    out = torch.empty(batch, n, weight.shape[0], dtype=torch.float32)
+    outputs = linear.shape[0]
+    out = torch.empty(batch, n, outputs, dtype=torch.float32)
     room = torch.empty(batch * n * groups * width // 2)
-    places = (t.data_ptr() for t in (x, norm, weight, out, room))
-    shape = batch * n, groups, width, weight.shape[0]
+    places = x.data_ptr(), norm.data_ptr(), *_placed(linear), out.data_ptr(), room.data_ptr()
+    shape = batch * n, groups, width, outputs
     library().normed_product(*places, *shape, eps, torch.get_num_threads())
     return out
 
@@ -188,8 +196,9 @@ def before(layer: Any, config: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tens
     cos, sin = cos.contiguous(), sin.contiguous()
     out = torch.empty(batch, n, heads, dim, dtype=torch.bfloat16)
     room = torch.empty(batch * n * width // 2)
-    tensors = x, layer.attention_norm, layer.qkv.weight, cos, sin, out, room
-    places = (t.data_ptr() for t in tensors)
+    inputs, rest = (x, layer.attention_norm), (cos, sin, out, room)
+    inputs, rest = ([t.data_ptr() for t in tensors] for tensors in (inputs, rest))
+    places = *inputs, *_placed(layer.qkv), *rest
     shape = batch * n, cos.numel() // (heads * dim), width, heads, dim
     library().before(*places, *shape, config.rms_eps, torch.get_num_threads())
     return out
@@ -206,8 +215,9 @@ def after(layer: Any, config: Any, x: Tensor, attended: Tensor) -> Tensor:
     out = torch.empty_like(x)
     room = torch.empty(found.layer_room(rows, width, heads * dim, inner))
     strides = (ctypes.c_int64 * 3)(*attended.stride()[:3])
-    weights = layer.out.weight, layer.mlp_norm, layer.gate_up.weight, layer.down.weight
-    places = (t.data_ptr() for t in (*weights, out, room))
+    matrices = *_placed(layer.gate_up), *_placed(layer.down)
+    weights = *_placed(layer.out), layer.mlp_norm.data_ptr(), *matrices
+    places = *weights, out.data_ptr(), room.data_ptr()
     shape = rows, n, width, heads, dim, inner
     threads = torch.get_num_threads()
     found.after(
@@ -252,10 +262,10 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     found.extend.restype, found.extend.argtypes = None, [pointer] * 7 + sizes + [pointer, whole]
     found.layer_room.restype, found.layer_room.argtypes = long, [whole, long, long, long]
     sizes, last = [whole, whole, long, whole, whole], [ctypes.c_float, whole]
-    found.before.restype, found.before.argtypes = None, [pointer] * 7 + sizes + last
+    found.before.restype, found.before.argtypes = None, [pointer] * 8 + sizes + last
     found.normed_product.restype = None
-    found.normed_product.argtypes = [pointer] * 5 + [whole, whole, long, long] + last
-    found.after.restype, found.after.argtypes = None, [pointer] * 9 + [*sizes, long] + last
+    found.normed_product.argtypes = [pointer] * 6 + [whole, whole, long, long] + last
+    found.after.restype, found.after.argtypes = None, [pointer] * 12 + [*sizes, long] + last
     return found, "on"
 
 

@@ -169,7 +169,7 @@ def test_archive_is_drawn(name):
         ("robustness", {"robustness"}),
         ("refresh", {"refresh"}),
         ("controller", {"controller", "predicted", "fixed"}),
-        ("contexts", {"controller", "predicted"}),
+        ("contexts", {"controller", "longer", "predicted"}),
         ("speed", {"speed"}),
     ],
 )
@@ -261,6 +261,51 @@ def test_the_controllers_figures_are_drawn():
     assert 1.2 not in drawn
     ax = figures.predicted(runs, about)[1]
     assert "off by" in ax.get_legend().get_texts()[0].get_text()
+
+
+def paired(context, speed, tokens, sample=0, end=20_000, **more):
+    """A run with the controller whose window ends at token ``end``."""
+    run = decoded(6, speed, controller=True, sample=sample, context=context, **more)
+    return run | {"accepted_length": tokens, "document": "d", "offset": end - context}
+
+
+PAIRED = [
+    paired(4096, 1.5, 2.0),
+    paired(16384, 1.8, 2.0),
+    paired(4096, 1.0, 1.5, policy="sink_window"),
+    paired(16384, 1.2, 1.5, policy="sink_window"),
+    paired(4096, 1.6, 2.0, sample=1),
+    paired(16384, 1.6, 1.8, sample=1),
+    paired(4096, 1.6, 2.0, sample=2),
+    paired(16384, 3.2, 5.0, sample=2, looping=True),
+    paired(4096, 1.6, 2.0, sample=3),
+]
+
+
+def test_a_longer_context_beside_the_shortest_by_hand():
+    [row] = figures.against_shortest(PAIRED)
+    assert row["context"] == 16384
+    # The first prompt counts once: 1.2 under both policies. The loop has no pair, nor has the last.
+    assert (row["speedup"].mean, row["speedup"].n) == (pytest.approx(1.2**0.5), 2)
+    assert row["tokens"].mean == pytest.approx(0.9**0.5)
+    assert row["cost"].mean == pytest.approx((1 / 1.2 * 0.9) ** 0.5)
+    assert row["speedup"].low == pytest.approx(1)
+    assert row["speedup"].high == pytest.approx(1.2)
+    [every] = figures.against_shortest(PAIRED, None)
+    assert [every[name].n for name in ("speedup", "tokens", "cost")] == [3, 3, 3]
+    moved = [*PAIRED[:5], paired(16384, 1.6, 1.8, sample=1, end=20_001)]
+    with pytest.raises(ValueError, match="sample 1 of 'books' ends at token 20000 of 'd' at 4096"):
+        figures.against_shortest(moved)
+    with pytest.raises(ValueError, match=r"contexts \[4096\] must be at least two"):
+        figures.against_shortest(PAIRED[:1])
+
+
+def test_a_longer_context_is_drawn_beside_the_shortest():
+    axes = figures.longer(PAIRED, ABOUT | {"threads": [2]})[1]
+    assert len(axes) == 1
+    drawn = {round(float(y), 6) for line in axes[0].get_lines() for y in line.get_ydata()}
+    assert {round(1.2**0.5, 6), round(0.9**0.5, 6), round((0.9 / 1.2) ** 0.5, 6)} <= drawn
+    assert "n = 2" in axes[0].get_xticklabels()[0].get_text()
 
 
 def contest(sample, speeds, distinct=0.9):

@@ -6,9 +6,10 @@ import pytest
 import tiny
 import torch
 
-from bdlib import attention
+from bdlib import attention, models
 from bdlib.cache import KVCache
 from bdlib.kernels import native
+from bdlib.transformer import Linear
 
 needs_library = pytest.mark.skipif(native.library() is None, reason=f"steps in C {native.state()}")
 LENGTHS = (1, 7, 63, 100, 256, 257, 1000)
@@ -261,11 +262,81 @@ def test_products_of_normed_parts():
         x = torch.randn(1, rows, groups, width, generator=generator)
         norm = torch.rand(groups, width, generator=generator) + 0.5
         weight = torch.randn(outputs, groups * width, generator=generator).bfloat16()
-        found = native.normed_product(weight, norm, x, 1e-5)
+        product = Linear(groups * width, outputs)
+        product.weight = torch.nn.Parameter(weight, requires_grad=False)
+        found = native.normed_product(product, norm, x, 1e-5)
         normed = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * norm
         expected = normed.bfloat16().double().flatten(-2) @ weight.double().T
         close(found.double(), expected, parts=200)
         assert torch.equal(found, found.bfloat16().float())  # rounded as a product in PyTorch
+        codes, scale = in_eight_bits(weight)
+        product.in_c = True
+        product.keep(codes, scale)
+        found = native.normed_product(product, norm, x, 1e-5)
+        expected = normed.bfloat16().double().flatten(-2) @ (codes * scale.double()).T
+        close(found.double(), expected, parts=200)
+        assert torch.equal(found, found.bfloat16().float())
+
+
+def in_eight_bits(weight):
+    """Whole numbers from -127 to 127 and a scale a row, as a drafter's file holds a matrix."""
+    scale = weight.float().abs().amax(1, keepdim=True) / 127
+    return (weight.float() / scale).round().to(torch.int8), scale
+
+
+@needs_library
+@torch.inference_mode()
+def test_a_layer_from_eight_bits():
+    model, usual = packed(tie_embeddings=False)
+    for ours, theirs in zip(model.modules(), usual.modules(), strict=True):
+        if isinstance(ours, Linear) and ours.in_c:
+            codes, scale = in_eight_bits(theirs.dense())
+            ours.keep(codes, scale)
+            theirs.weight = torch.nn.Parameter((codes * scale).bfloat16(), requires_grad=False)
+            theirs.packed = None
+    layers = model.layers[0], usual.layers[0]
+    assert layers[0].down.codes is not None
+    assert model.head.codes is not None
+    x, found, turn = streams(model, 1, 20)
+    ours, theirs = (
+        m.project(layer, x, *turn) for m, layer in zip((model, usual), layers, strict=True)
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        close(a.float(), b.float())
+    close(model.finish(layers[0], x, found), usual.finish(layers[1], x, found))
+    close(model.logits(x), usual.logits(x))
+    for first, stop in ((0, 1), (7, 10)):  # rows do not depend on those beside them
+        part = x[:, first:stop].contiguous()
+        whole = model.finish(layers[0], x, found)[:, first:stop]
+        assert torch.equal(whole, model.finish(layers[0], part, found[:, :, first:stop]))
+        assert torch.equal(model.logits(x)[:, first:stop], model.logits(part))
+
+
+@needs_library
+@torch.inference_mode()
+def test_a_drafter_is_computed_from_the_eight_bits_of_its_file(tmp_path):
+    target = packed()[1]
+    cut = models.cut_from(target, (0,), torch.arange(0, 48, 3))
+    models.save_drafter(cut, tmp_path, "# card\n")
+    drafter = models.load_drafter(tmp_path, target)
+    matrices = [m for m in drafter.modules() if isinstance(m, Linear)]
+    assert len(matrices) == 5
+    assert all(m.codes is not None for m in matrices)
+    usual = models.load_drafter(tmp_path, target, pack=False)
+    assert all(m.codes is None for m in usual.modules() if isinstance(m, Linear))
+    tokens = torch.tensor([[1, 5, 9, 2]])
+    close(drafter(tokens), usual(tokens), parts=32)
+
+
+def test_eight_bits_are_kept_where_c_reads_them():
+    codes, scale = in_eight_bits(torch.randn(16, 32))
+    product = Linear(32, 16)
+    product.keep(codes, scale)
+    assert product.codes is None
+    product.in_c = True
+    product.keep(codes.T.contiguous().T, scale)
+    assert product.codes.is_contiguous()
+    assert torch.equal(product.codes, codes)
 
 
 @needs_library
