@@ -426,7 +426,7 @@ def figure(
     name: Annotated[
         str,
         typer.Argument(
-            help="headline, acceptance, transfer, robustness, refresh, controller, contexts or speed."
+            help="headline, acceptance, transfer, robustness, refresh, controller, contexts, paired, speed."
         ),
     ],
     out: Annotated[
@@ -445,7 +445,8 @@ def figure(
         "robustness": ("robustness",),
         "refresh": ("refresh",),
         "controller": ("controller", "predicted"),
-        "contexts": ("controller", "longer", "predicted"),
+        "contexts": ("controller", "predicted"),
+        "paired": ("controller", "longer", "predicted"),
         "speed": ("speed",),
     }
     names = ("headline", "acceptance", *swept)

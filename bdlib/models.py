@@ -13,7 +13,8 @@ output in place of the target's.
 
 A drafter's folder holds ``drafter.json`` (shape, layers, provenance), ``drafter.safetensors`` (its own
 weights; the target's frozen embedding is not copied) and ``README.md``, a model card. Matrices are
-stored in 8 bits with a scale a row, half the size of bfloat16, and come back in the asked dtype. A
+stored in 8 bits with a scale a row, half the size of bfloat16, and come back in the asked dtype; a few
+rows at a time C computes from the 8 bits themselves (:meth:`bdlib.transformer.Linear.keep`). A
 drafter that was trained on from another with some weights frozen holds the others alone, and names the
 folder beside its own (``base``) that has the rest.
 """

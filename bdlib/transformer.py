@@ -482,7 +482,10 @@ class Decoder(nn.Module):
         return self._parameters["embedding"].dtype
 
     def weight_bytes(self) -> int:
-        """Bytes of weights that one decoding step reads: every matrix once, the head included."""
+        """Bytes of weights that one decoding step reads: every matrix once, the head included.
+
+        In the model's dtype: what :meth:`Linear.keep` keeps in 8 bits is half of that.
+        """
         matrices = [m for m in self.modules() if isinstance(m, Linear)]
         return sum(m.shape[0] * m.shape[1] for m in matrices) * self.dtype.itemsize
 

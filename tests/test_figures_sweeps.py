@@ -169,7 +169,8 @@ def test_archive_is_drawn(name):
         ("robustness", {"robustness"}),
         ("refresh", {"refresh"}),
         ("controller", {"controller", "predicted", "fixed"}),
-        ("contexts", {"controller", "longer", "predicted"}),
+        ("contexts", {"controller", "predicted"}),
+        ("paired", {"controller", "longer", "predicted"}),
         ("speed", {"speed"}),
     ],
 )

@@ -243,6 +243,7 @@ def test_the_shipped_grids_are_well_formed(repository):
         "contexts",
         "controller",
         "long",
+        "paired",
         "speed",
         "robustness",
         "transfer",
