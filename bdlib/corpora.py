@@ -488,7 +488,7 @@ def windows(
     """
 
     _checked_tokens(tokens)
-    if within is not None and within != tokens:
+    if within is not None:
         if within < tokens:
             raise CorpusError(f"within {within} must be at least the {tokens} tokens of a window")
         cut = windows(tokenizer, documents, within, samples, seed)

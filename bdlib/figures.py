@@ -1003,16 +1003,10 @@ def controller(
 
     Outputs that loop are hollow; a bar is the median of those that do not.
     """
-    import matplotlib.pyplot as plt
-
-    steered = [r for r in records if r["controller"]]
-    regimes = list(dict.fromkeys(r["regime"] for r in steered))
+    fig, axes, steered = _steered_panels(records, 4.4)
     policies = list(dict.fromkeys(r["policy"] for r in steered))
     contexts = sorted({r["context"] for r in steered})
-    fig, axes = plt.subplots(
-        1, len(regimes), figsize=(5 * len(regimes), 4.4), sharey=True, squeeze=False
-    )
-    for ax, regime in zip(axes[0], regimes, strict=True):
+    for regime, ax in axes.items():
         for i, policy in enumerate(policies):
             for x, context in enumerate(contexts):
                 found = _where(steered, regime=regime, policy=policy, context=context)
@@ -1024,11 +1018,10 @@ def controller(
                 straight = [r["speedup_decode"] for r in found if not r["looping"]]
                 if straight:
                     ax.plot([middle - 0.17, middle + 0.17], [median(straight)] * 2, "k", lw=2)
-        ax.axhline(1, color="black", ls="--", lw=1)
         ax.set_xticks(range(len(contexts)), [_tick("context", c) for c in contexts])
-        ax.set(xlabel="context (tokens)", title=regime)
-    axes[0, 0].set(ylabel="speed-up over plain decoding", ylim=(0.8, None))
-    _legend_above(fig, axes[0, :1], 4)
+    panels = list(axes.values())
+    panels[0].set(ylabel="speed-up over plain decoding", ylim=(0.8, None))
+    _legend_above(fig, panels[:1], 4)
     first = steered[0]
     caption(
         fig,
@@ -1036,7 +1029,23 @@ def controller(
         " hollow: the output loops; bars: medians of those that do not;\n"
         f"{about['threads'][0]} threads. {origin(about)}",
     )
-    return fig, axes[0]
+    return fig, panels
+
+
+def _steered_panels(
+    records: Iterable[Mapping[str, Any]], height: float
+) -> tuple[Figure, dict[str, Axes], list[Mapping[str, Any]]]:
+    """A figure with a panel a regime, contexts along it and a line at 1; and the controller's runs."""
+    import matplotlib.pyplot as plt
+
+    steered = [r for r in records if r["controller"]]
+    regimes = list(dict.fromkeys(r["regime"] for r in steered))
+    size = 5 * len(regimes), height
+    fig, axes = plt.subplots(1, len(regimes), figsize=size, sharey=True, squeeze=False)
+    for ax, regime in zip(axes[0], regimes, strict=True):
+        ax.axhline(1, color="black", ls="--", lw=1, zorder=2.1)  # marks leave it visible
+        ax.set(xlabel="context (tokens)", title=regime)
+    return fig, dict(zip(regimes, axes[0], strict=True)), steered
 
 
 def against_shortest(
@@ -1090,7 +1099,7 @@ def against_shortest(
                     f" {contexts[0]}, at {ends[1][1]} of {ends[1][0]!r} at {context}: measure with"
                     " 'within'"
                 )
-            if looping is None or (bool(short["looping"]), bool(long["looping"])) == (looping,) * 2:
+            if looping is None or {short["looping"], long["looping"]} == {looping}:
                 gain, tokens = (
                     math.log(long[name] / short[name])
                     for name in ("speedup_decode", "accepted_length")
@@ -1116,16 +1125,10 @@ def longer(
     records: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
 ) -> tuple[Figure, Sequence[Axes]]:
     """:func:`against_shortest` of the runs with a controller that do not loop: a panel a regime."""
-    import matplotlib.pyplot as plt
-
-    steered = [r for r in records if r["controller"]]
-    regimes = list(dict.fromkeys(r["regime"] for r in steered))
+    fig, axes, steered = _steered_panels(records, 4)
     shortest = min(r["context"] for r in steered)
-    fig, axes = plt.subplots(
-        1, len(regimes), figsize=(5 * len(regimes), 4), sharey=True, squeeze=False
-    )
     series = {"tokens": "tokens a round", "cost": "cost of a round", "speedup": "speed-up"}
-    for ax, regime in zip(axes[0], regimes, strict=True):
+    for regime, ax in axes.items():
         rows = against_shortest(_where(steered, regime=regime))
         for i, (name, label) in enumerate(series.items()):
             for x, row in enumerate(rows):
@@ -1134,12 +1137,12 @@ def longer(
                     style = {"marker": MARKERS[i], "color": CYCLE[i], "ls": "none", "capsize": 3}
                     place = x + 0.2 * (i - 1)
                     ax.errorbar(place, span.mean, _reach(span), label=label, **style)
-        ax.axhline(1, color="black", ls="--", lw=1)
         named = [f"{_tick('context', r['context'])}\n(n = {r['tokens'].n})" for r in rows]
         ax.set_xticks(range(len(rows)), named)
-        ax.set(xlabel="context (tokens)", xlim=(-0.5, len(rows) - 0.5), title=regime)
-    axes[0, 0].set(ylabel=f"over that at {shortest:,} tokens")
-    _legend_above(fig, axes[0, :1], 3)
+        ax.set_xlim(-0.5, len(rows) - 0.5)
+    panels = list(axes.values())
+    panels[0].set_ylabel(f"over that at {shortest:,} tokens")
+    _legend_above(fig, panels[:1], 3)
     first = steered[0]
     caption(
         fig,
@@ -1147,7 +1150,7 @@ def longer(
         " places; outputs that do not loop; geometric means over n texts, 95 % intervals;\n"
         f"{about['threads'][0]} threads. {origin(about)}",
     )
-    return fig, axes[0]
+    return fig, panels
 
 
 def _column(

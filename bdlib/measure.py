@@ -137,6 +137,15 @@ def _whole(name: str, value: object, least: int) -> None:
         raise ValueError(f"{name} {value!r} must be a whole number of at least {least}")
 
 
+def check_within(within: int | None, context: int) -> None:
+    """Refuse windows to cut prompts from (see :class:`MeasureSettings`) that are below the context."""
+    if within is None:
+        return
+    _whole("within", within, 1)
+    if within < context:
+        raise ValueError(f"within {within} must be at least the context of {context}")
+
+
 @dataclass(frozen=True)
 class MeasureSettings:
     """What to measure.
@@ -208,12 +217,7 @@ class MeasureSettings:
             raise ValueError(f"controller {self.controller!r} must be True or False")
         if self.refresh is not None:
             _whole("refresh", self.refresh, 1)
-        if self.within is not None:
-            _whole("within", self.within, 1)
-            if self.within < self.context:
-                raise ValueError(
-                    f"within {self.within} must be at least the context of {self.context}"
-                )
+        check_within(self.within, self.context)
         if self.reach is not None:
             from bdlib.drafters import check_reach
 

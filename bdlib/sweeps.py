@@ -155,8 +155,6 @@ class Point:
             Names the value and what is allowed.
         """
         v = dict(values)
-        if v["within"] is not None and v["within"] < v["context"]:
-            raise ValueError(f"within {v['within']} must be at least the context of {v['context']}")
         if v["budget"] == "full" or v["policy"] == "full":
             v |= {"policy": "full", "budget": None}
         if v["refresh"] == "never":
@@ -167,6 +165,7 @@ class Point:
                     "drafter 'ngram' has no place in regime 'teacher-forced': its agreement is in"
                     " the column ngram_agreement of every row"
                 )
+            measure.check_within(v["within"], v["context"])
             v |= dict.fromkeys(("gamma", "temperature", "refresh", "new_tokens", "repeats"))
             v["controller"] = None
             point = cls(**v)

@@ -149,11 +149,17 @@ def fits(linear: Any) -> bool:
     )
 
 
-def _placed(linear: Any) -> tuple[int, int]:
-    """Where the weight of a :class:`bdlib.transformer.Linear` lies, and its scales (0: none)."""
-    if linear.codes is None:
-        return linear.weight.data_ptr(), 0
-    return linear.codes.data_ptr(), linear.scale.data_ptr()
+def _places(*parts: Any) -> list[int]:
+    """Where tensors lie; a :class:`bdlib.transformer.Linear` has two, its weight and its scales (0: none)."""
+    found = []
+    for part in parts:
+        if isinstance(part, Tensor):
+            found.append(part.data_ptr())
+        elif part.codes is None:
+            found += part.weight.data_ptr(), 0
+        else:
+            found += part.codes.data_ptr(), part.scale.data_ptr()
+    return found
 
 
 def takes(x: Tensor) -> bool:
@@ -178,7 +184,7 @@ def normed_product(linear: Any, norm: Tensor, x: Tensor, eps: float) -> Tensor:
     outputs = linear.shape[0]
     out = torch.empty(batch, n, outputs, dtype=torch.float32)
     room = torch.empty(batch * n * groups * width // 2)
-    places = x.data_ptr(), norm.data_ptr(), *_placed(linear), out.data_ptr(), room.data_ptr()
+    places = _places(x, norm, linear, out, room)
     shape = batch * n, groups, width, outputs
     library().normed_product(*places, *shape, eps, torch.get_num_threads())
     return out
@@ -196,9 +202,7 @@ def before(layer: Any, config: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tens
     cos, sin = cos.contiguous(), sin.contiguous()
     out = torch.empty(batch, n, heads, dim, dtype=torch.bfloat16)
     room = torch.empty(batch * n * width // 2)
-    inputs, rest = (x, layer.attention_norm), (cos, sin, out, room)
-    inputs, rest = ([t.data_ptr() for t in tensors] for tensors in (inputs, rest))
-    places = *inputs, *_placed(layer.qkv), *rest
+    places = _places(x, layer.attention_norm, layer.qkv, cos, sin, out, room)
     shape = batch * n, cos.numel() // (heads * dim), width, heads, dim
     library().before(*places, *shape, config.rms_eps, torch.get_num_threads())
     return out
@@ -215,9 +219,7 @@ def after(layer: Any, config: Any, x: Tensor, attended: Tensor) -> Tensor:
     out = torch.empty_like(x)
     room = torch.empty(found.layer_room(rows, width, heads * dim, inner))
     strides = (ctypes.c_int64 * 3)(*attended.stride()[:3])
-    matrices = *_placed(layer.gate_up), *_placed(layer.down)
-    weights = *_placed(layer.out), layer.mlp_norm.data_ptr(), *matrices
-    places = *weights, out.data_ptr(), room.data_ptr()
+    places = _places(layer.out, layer.mlp_norm, layer.gate_up, layer.down, out, room)
     shape = rows, n, width, heads, dim, inner
     threads = torch.get_num_threads()
     found.after(
