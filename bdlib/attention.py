@@ -146,15 +146,17 @@ def many_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def extend(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int, packed: int = 0
 ) -> Tensor | None:
     """Store ``k``, ``v`` in a cache's ``keys``, ``values`` from ``start`` on and attend, all in C.
+
+    The first ``packed`` keys lie as :func:`bdlib.kernels.native.pack` leaves them.
 
     ``None``, with nothing stored, where it cannot be done so (:func:`bdlib.kernels.native.extend`).
     """
     if q.device.type != "cpu" or q.shape[2] > FEW or _needs_gradient(q, k, v):
         return None
-    return native.extend(q, k, v, keys, values, start)
+    return native.extend(q, k, v, keys, values, start, packed)
 
 
 def _in_c(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor | None:

@@ -203,8 +203,12 @@ class BaselineSettings:
         found = {"plain": ("plain", self.gamma)}
         for label in self.methods or known:
             name, colon, length = label.partition(":")
-            if name not in known:
-                raise ValueError(f"unknown method {name!r}; allowed: {', '.join(known)}")
+            copies = name.endswith(measure.COPIES) and _trained(name) in _folders(self.drafters)
+            if name not in known and not copies:
+                raise ValueError(
+                    f"unknown method {name!r}; allowed: {', '.join(known)}, and a trained drafter's"
+                    f" name with {measure.COPIES}"
+                )
             if length == AUTO:
                 if name == "plain" or name in TRANSFORMERS:
                     raise ValueError(
@@ -241,6 +245,11 @@ def available(drafters: str | os.PathLike[str] | None = None) -> list[str]:
     """Names of all methods: :data:`METHODS`, and each trained drafter that is there, twice."""
     found = _folders(drafters)
     return [*METHODS, *found, *(f"{name}{FULL}" for name in found)]
+
+
+def _trained(name: str) -> str:
+    """The trained drafter that a method's name begins with."""
+    return name.removesuffix(FULL).removesuffix(measure.COPIES)
 
 
 # ------------------------------------------------------------------------- one decoding
@@ -503,10 +512,10 @@ class Contest:
             return HierarchyDrafter(target, policy, budget, *small)
         if name == "untrained":
             return ModelDrafter(self._untrained(), policy, budget)
-        model = self._model(name.removesuffix(FULL))
+        model = self._model(_trained(name))
         if name.endswith(FULL):
             return ModelDrafter(model, make_policy("full"))
-        return ModelDrafter(model, policy, budget)
+        return ModelDrafter(model, policy, budget, copies=name.endswith(measure.COPIES))
 
     @property
     def stops(self) -> frozenset[int]:
@@ -959,7 +968,7 @@ def _named(settings: BaselineSettings) -> dict[str, Any]:
 def _digests(settings: BaselineSettings) -> dict[str, str]:
     from bdlib.sweeps import _digest
 
-    names = {name.removesuffix(FULL) for name, _ in settings.chosen().values()}
+    names = {_trained(name) for name, _ in settings.chosen().values()}
     names.add(settings.standalone)
     return {n: _digest(path) for n, path in _folders(settings.drafters).items() if n in names}
 

@@ -22,11 +22,15 @@ import torch
 from torch import Tensor
 
 from bdlib import attention
+from bdlib.kernels import native
 from bdlib.kernels.launching import CHUNK_SIZES, layout_fault, use_triton, wanted
 from bdlib.kernels.sparse_decode import sparse_decode
 from bdlib.selection import Policy, Selection, check_whole
 from bdlib.transformer import DecoderConfig
 
+STEP = 32
+"""A step has at most so many tokens; before one, keys are packed (:func:`bdlib.kernels.native.pack`).
+A prompt's pieces are longer: they read keys as rows."""
 SLACK = 128  # rejected positions that the query log can forget without losing older queries
 
 
@@ -133,6 +137,8 @@ class KVCache:
         self.dtype, self.device = dtype, torch.device(device)
         self._keys, self._values = _allocate(config, capacity, batch, dtype, self.device)
         self.length = 0
+        self._packed = 0  # the first entries, whose keys lie as the C file computes with them
+        self._packs = native.packs(self._keys)
         self.log: QueryLog | None = None
         if observe is not None and observe.observe != "none":
             self.log = QueryLog(config, observe, capacity, batch, dtype, self.device)
@@ -158,12 +164,44 @@ class KVCache:
         return self._features.nbytes
 
     def keys(self, layer: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rotated keys ``[B, H_kv, T, D]`` of positions ``start`` to ``stop``, a view."""
-        return self._keys[layer][:, :, start : self.length if stop is None else stop]
+        """Rotated keys ``[B, H_kv, T, D]`` of positions ``start`` to ``stop``: a view, or a copy of such
+        as a step has packed."""
+        return self._as_rows(self._keys[layer], start, self.length if stop is None else stop)
 
     def values(self, layer: int, start: int = 0, stop: int | None = None) -> Tensor:
         """Values ``[B, H_kv, T, D]`` of positions ``start`` to ``stop``, a view."""
         return self._values[layer][:, :, start : self.length if stop is None else stop]
+
+    def entries(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all layers, ``[L, B, H_kv, n, D]``, as :meth:`keys` gives one layer's."""
+        return self._as_rows(self._keys, start, stop), self._values[:, :, :, start:stop]
+
+    def _as_rows(self, keys: Tensor, start: int, stop: int) -> Tensor:
+        packed = self._packed
+        if start >= min(packed, stop):
+            return keys[..., start:stop, :]
+        first = start // native.BLOCK * native.BLOCK
+        rows = native.unpack(keys[..., first:, :], packed - first)
+        return torch.cat((rows, keys[..., packed:, :]), -2)[..., start - first : stop - first, :]
+
+    def _pack(self) -> None:
+        """Pack the keys of every whole block that is there."""
+        whole = self.length // native.BLOCK * native.BLOCK
+        if whole > self._packed:
+            native.pack(self._keys, self._packed, whole)
+            self._packed = whole
+
+    def _unpack(self, length: int) -> None:
+        """Undo that from ``length`` on."""
+        first = length // native.BLOCK * native.BLOCK
+        if first < self._packed:
+            self._keys[..., first : self._packed, :] = self.entries(first, self._packed)[0]
+            self._packed = first
+
+    def stay_rows(self) -> None:
+        """Keep every key where :meth:`keys` can show it in place, from here on: steps take longer."""
+        self._unpack(0)
+        self._packs = False
 
     def reserve(self, n: int) -> None:
         """Check that ``n`` more tokens fit."""
@@ -171,6 +209,8 @@ class KVCache:
             raise ValueError(
                 f"cache of {self.capacity} tokens cannot take {n} more after {self.length}"
             )
+        if self._packs and n <= STEP:
+            self._pack()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store ``k, v`` ``[B, H_kv, n, D]`` at the next ``n`` positions and attend from ``q``."""
@@ -178,7 +218,7 @@ class KVCache:
         if self.log is not None:
             self.log.record(layer, q, start)
         keys, values = self._keys[layer], self._values[layer]
-        if (out := attention.extend(q, k, v, keys, values, start)) is not None:
+        if (out := attention.extend(q, k, v, keys, values, start, self._packed)) is not None:
             return out
         keys[:, :, start:stop], values[:, :, start:stop] = k, v
         if stop - start > attention.FEW:
@@ -195,6 +235,7 @@ class KVCache:
         """Forget every position from ``length`` on."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
+        self._unpack(length)
         self.length = length
 
     def nbytes(self) -> int:
@@ -323,8 +364,7 @@ class SparseKVCache:
     def _copy_recent(self, source: KVCache, first: int, last: int) -> None:
         """Copy positions ``first`` to ``last`` behind all others."""
         entries = slice(self.size, self.size + last - first)
-        self._keys[:, :, :, entries] = source._keys[:, :, :, first:last]
-        self._values[:, :, :, entries] = source._values[:, :, :, first:last]
+        self._keys[:, :, :, entries], self._values[:, :, :, entries] = source.entries(first, last)
 
     # ---------------------------------------------------------------- the decoder's side
     def reserve(self, n: int) -> None:
@@ -436,6 +476,7 @@ class InPlaceKVCache(SparseKVCache):
     def __init__(self, full: KVCache, budget: int, policy: Policy) -> None:
         if policy.per_step:
             raise ValueError(f"policy {policy.name!r} chooses anew at each step: copy its entries")
+        full.stay_rows()
         self._full = full
         self._chunk_size = 1
         self._chunks: Tensor | None = None  # chunk numbers of what is selected, [L, B, H_kv, m]

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from bdlib.cache import KVCache, SparseKVCache, sparse_cache_of
+from bdlib.copies import SURE, Copies
+from bdlib.models import row_of
 from bdlib.sampling import Sampling
 from bdlib.selection import Policy, check_whole, is_whole
 from bdlib.transformer import Decoder, give_back
@@ -185,12 +187,14 @@ def _draft(
     generator: torch.Generator | None,
     states: Tensor | None = None,
     stop: Stop | None = None,
+    copies: Copies | None = None,
 ) -> Proposal:
     """Run ``model`` token by token for ``n`` drafts, after taking in the ``pending`` tokens.
 
     ``states`` ``[pending, C]`` are what a feature-conditioned model reads beside the pending tokens;
     beside its own drafts it reads its own output. ``stop`` may end the draft early; in greedy decoding
-    the probabilities that it goes by are those at temperature 1.
+    the probabilities that it goes by are those at temperature 1. ``copies`` are mixed into what the
+    model gives.
     """
     step = min(len(pending), getattr(cache, "budget", len(pending)))
     tokens = torch.tensor([pending], device=model.device)
@@ -198,15 +202,26 @@ def _draft(
         part = slice(first, first + step)
         hidden = _run(model, tokens[:, part], cache, None if states is None else states[part])
     drafted, probs, chances, reached = [], [], [], 1.0
+    mixed: list[tuple[float, int]] = []  # of each draft: how much of a copy, and which
     for i in range(n):
         logits = model.logits(hidden[:, -1:])[:, 0]
         token, row = sampling.draw(logits, generator)
-        if stop is not None:
+        own = None
+        if stop is not None or copies is not None:
             own = torch.softmax(logits, -1) if row is None else row
             chances.append(float(own[0, token]))
-            reached *= stop.chance(chances[-1])
+        drawn = token
         if model.vocabulary is not None:  # from rows of the head to token ids
             token = model.vocabulary[token]
+        if copies is not None:
+            known = [int(t) for t in drafted]
+            token, chances[-1], share = _mix(
+                copies, known, model, own[0], int(drawn), int(token), sampling, generator
+            )
+            mixed.append(share)
+            token = torch.tensor([token], device=model.device)
+        if stop is not None:
+            reached *= stop.chance(chances[-1])
         drafted.append(token)
         probs.append(row)
         if i + 1 == n or (stop is not None and reached < stop.below):
@@ -217,7 +232,59 @@ def _draft(
     if rows is not None and model.vocabulary is not None:
         whole = rows.new_zeros(len(rows), model.config.vocab_size)
         rows = whole.index_copy_(1, model.vocabulary, rows)
-    return Proposal(torch.cat(drafted), rows, tuple(chances))
+    if rows is not None:
+        for row, (weight, copied) in zip(rows, mixed, strict=False):
+            if weight:
+                row.mul_(1 - weight)
+                row[copied] += weight
+    return Proposal(torch.cat(drafted), rows, tuple(chances) if stop is not None else ())
+
+
+def _mix(
+    copies: Copies,
+    drafted: list[int],
+    model: Decoder,
+    own: Tensor,
+    drawn: int,
+    token: int,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> tuple[int, float, tuple[float, int]]:
+    """A token from a model's distribution ``own`` and a copy: token, its chance, the copy's share.
+
+    ``drawn`` is the row of ``own`` that the model alone would take, ``token`` its id.
+    """
+
+    length, copied = copies.guess(drafted)
+    weight = copies.weight(length, float(own.max())) if length else 0.0
+    if not weight:
+        return token, float(own[drawn]), (0.0, 0)
+    rows = row_of(model)
+    row = copied if rows is None else int(rows[copied])
+    of_copy = weight + (1 - weight) * (float(own[row]) if row >= 0 else 0.0)
+    of_own = of_copy if token == copied else (1 - weight) * float(own[drawn])
+    if sampling.greedy:
+        takes = of_copy > of_own
+    else:
+        coin = torch.rand((), generator=generator, device=own.device, dtype=torch.float64)
+        takes = float(coin) < weight
+    return (copied, of_copy, (weight, copied)) if takes else (token, of_own, (weight, copied))
+
+
+def _copy(copies: Copies, n: int, stop: Stop | None, device: torch.device) -> Proposal | None:
+    """A draft that is copied to its end, as long as copies are all but certain; ``None`` if they are not."""
+    drafted: list[int] = []
+    chances: list[float] = []
+    while len(drafted) < n:
+        length, token = copies.guess(drafted)
+        if copies.chance(length) < SURE:
+            break
+        drafted.append(token)
+        chances.append(copies.chance(length))
+    if not drafted:
+        return None
+    tokens = torch.tensor(drafted, device=device)
+    return Proposal(tokens, None, tuple(chances) if stop is not None else ())
 
 
 class SelfDrafter(Drafter):
@@ -300,6 +367,9 @@ class ModelDrafter(Drafter):
         Entries kept per layer and KV head; ``None`` keeps as many as decoding may reach.
     refresh
         Choose the entries anew every ``refresh`` rounds; ``None`` chooses once, after the prompt.
+    copies
+        Mix in what followed the newest tokens when they were last seen (:mod:`bdlib.copies`), anywhere
+        in the text: a budget forgets entries, not tokens.
     reach
         Tokens of the prompt that it reads: its first :data:`HEAD` and its last ``reach - HEAD``, side
         by side, so that no entry is farther from a query than in the windows that the drafter was
@@ -319,6 +389,7 @@ class ModelDrafter(Drafter):
         refresh: int | None = None,
         piece: int = PIECE,
         reach: int | None = None,
+        copies: bool = False,
     ) -> None:
         _check_refresh(refresh)
         reach = model.reach if reach is None else reach
@@ -327,9 +398,9 @@ class ModelDrafter(Drafter):
             policy.check(budget)
         check_whole("piece", piece, 1, "token")
         self.model, self.policy, self.budget, self.refresh = model, policy, budget, refresh
-        self.piece, self.reach = piece, reach
+        self.piece, self.reach, self.copies = piece, reach, copies
         self.taps = getattr(model, "taps", ())
-        self.name = "feature" if self.taps else "model"
+        self.name = ("feature" if self.taps else "model") + "@copies" * copies
 
     def start(
         self,
@@ -371,6 +442,8 @@ class ModelDrafter(Drafter):
                 self._take_in(read[:HEAD])
                 read = read[HEAD + self._unread :]
             self._take_in(read)
+        self._copies = Copies(prompt.tolist()) if self.copies else None
+        self._copied = False  # whether the last draft was made without the model
         self._pending: list[int] = []
         self._behind: list[int] = []  # emitted tokens that the kept full cache lacks
 
@@ -419,11 +492,18 @@ class ModelDrafter(Drafter):
         self._pending.extend(passed)
         if self._keep:
             self._behind.extend(passed)
+        if self._copies is not None:
+            self._copies.extend(emitted)
 
     def propose(self, last, n, sampling, generator):
         self._pending.append(last)
         if self._keep:
             self._behind.append(last)
+        if self._copies is not None:
+            proposal = _copy(self._copies, n, self.stop, self.model.device)
+            self._copied = proposal is not None
+            if self._copied:
+                return proposal
         # After rounds without it there may be more to take in than the cache can hold: skip the oldest.
         missed = max(0, len(self._pending) - self.cache.budget)
         self._pending = self._pending[missed:]
@@ -432,10 +512,25 @@ class ModelDrafter(Drafter):
         self._base = start + len(self._pending)
         states = self._states(start, len(self._pending))
         return _draft(
-            self.model, self.cache, self._pending, n, sampling, generator, states, self.stop
+            self.model,
+            self.cache,
+            self._pending,
+            n,
+            sampling,
+            generator,
+            states,
+            self.stop,
+            self._copies,
         )
 
     def commit(self, emitted: list[int], accepted: int) -> None:
+        if self._copies is not None:
+            self._copies.extend(emitted)
+        if self._copied:  # without the model, which has it all before it
+            self._pending.extend(emitted[:-1])
+            if self._keep:
+                self._behind.extend(emitted[:-1])
+            return
         # Drafting ran the model on every draft but the last: a fully accepted draft leaves it over.
         # Beside its drafts a feature-conditioned model read its own output: those entries go.
         usable = 0 if self.taps else accepted

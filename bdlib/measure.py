@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 DRAFTERS = ("self", "ngram")
+COPIES = "@copies"
+"""After a second model's name: it mixes in what the text repeats (:mod:`bdlib.copies`)."""
 NEAR_TIE = {"float64": 0.0, "float32": 1e-3, "float16": 0.0125, "bfloat16": 0.1}
 """Largest difference of two logits that rounding in a dtype may explain (none in float64)."""
 
@@ -155,7 +157,7 @@ class MeasureSettings:
     pair
         A name that :func:`bdlib.pairs.load_pair` knows, or a folder or hub id of a target.
     drafter
-        ``"self"``, ``"ngram"``, or a folder or hub id of a model.
+        ``"self"``, ``"ngram"``, or a folder or hub id of a model, after which :data:`COPIES` may stand.
     policy, budget
         The drafter's cache. With policy ``"full"`` the budget is the context, whatever is given;
         n-gram lookup has no cache and ignores both.
@@ -218,6 +220,11 @@ class MeasureSettings:
         if self.refresh is not None:
             _whole("refresh", self.refresh, 1)
         check_within(self.within, self.context)
+        if self.drafter.removesuffix(COPIES) in DRAFTERS and self.drafter.endswith(COPIES):
+            raise ValueError(
+                f"drafter {self.drafter!r}: {COPIES} is for a second model, not for one of"
+                f" {', '.join(DRAFTERS)}"
+            )
         if self.reach is not None:
             from bdlib.drafters import check_reach
 
@@ -393,8 +400,8 @@ def load(settings: MeasureSettings) -> Pair:
     """
     from bdlib import models, pairs
 
-    folder = Path(settings.drafter).expanduser()
-    model = None if settings.drafter in DRAFTERS else settings.drafter
+    model = None if settings.drafter in DRAFTERS else settings.drafter.removesuffix(COPIES)
+    folder = Path(model or "").expanduser()
     if model is not None and not folder.is_dir() and model.count("/") != 1:
         raise ValueError(
             f"unknown drafter {model!r}; allowed: {', '.join(DRAFTERS)}, a model folder,"
@@ -422,8 +429,9 @@ def _is_source(name: str) -> bool:
 
 def _label(source: str) -> str:
     """A name for records: of a path only its last part, so that no place of a machine is kept."""
-    path = Path(source).expanduser()
-    return path.resolve().name if path.exists() else source
+    name = source.removesuffix(COPIES)
+    path = Path(name).expanduser()
+    return path.resolve().name + source[len(name) :] if path.exists() else source
 
 
 def make_drafter(settings: MeasureSettings, pair: Pair) -> Drafter:
@@ -439,7 +447,9 @@ def make_drafter(settings: MeasureSettings, pair: Pair) -> Drafter:
         raise ValueError(
             f"drafter {settings.drafter!r}: the pair {pair.name!r} has no second model"
         )
-    return ModelDrafter(pair.drafter, policy, budget, settings.refresh, reach=settings.reach)
+    copies = settings.drafter.endswith(COPIES)
+    how = {"reach": settings.reach, "copies": copies}
+    return ModelDrafter(pair.drafter, policy, budget, settings.refresh, **how)
 
 
 def _prompts(

@@ -84,7 +84,7 @@ def _temperature(value: Any) -> bool:
 
 AXES = {
     "regime": Axis(..., f"one of {', '.join(REGIMES)}", lambda v: _name(v) and v in REGIMES),
-    "drafter": Axis(..., "self, ngram, a shipped drafter or the folder of one", _name),
+    "drafter": Axis(..., "self, ngram, a shipped drafter or the folder of one, with @copies or not", _name),
     "context": Axis(..., "a whole number of at least 2 tokens", _whole(2)),
     "text": Axis(..., "embedded:held-out, or a file or folder of texts", _name),
     "policy": Axis("chunk_topk_recent", "", lambda v: _name(v) and v in _policies()),
@@ -164,6 +164,11 @@ class Point:
                 raise ValueError(
                     "drafter 'ngram' has no place in regime 'teacher-forced': its agreement is in"
                     " the column ngram_agreement of every row"
+                )
+            if v["drafter"].endswith(measure.COPIES):
+                raise ValueError(
+                    f"drafter {v['drafter']!r} in regime 'teacher-forced' must do without"
+                    f" {measure.COPIES}: copies are for text that is generated"
                 )
             measure.check_within(v["within"], v["context"])
             v |= dict.fromkeys(("gamma", "temperature", "refresh", "new_tokens", "repeats"))
@@ -470,6 +475,7 @@ def _digest(folder: Path) -> str:
 def _source(name: str, grid: Grid) -> Source:
     from bdlib import models, recipes
 
+    name = name.removesuffix(measure.COPIES)
     if name in measure.DRAFTERS:
         return Source(None, None)
     wanted = (models.CONFIG_FILE, "config.json")

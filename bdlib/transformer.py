@@ -686,14 +686,15 @@ class Decoder(nn.Module):
         if not pack:
             return model
         model.pack()
-        model._look_up_in(folder)
+        if model.head.packed is not None:
+            model._look_up_in(folder)
         return model
 
     def _look_up_in(self, folder: Path) -> None:
         """Read embeddings from the file, where they are there in the dtype and shape that is wanted.
 
-        The packed head holds SmolLM2's embedding once already, 57 MB. What is read here is in memory
-        from the first look at it to the next :func:`give_back`.
+        A packed head holds SmolLM2's embedding once already, 57 MB (one that C reads is the embedding
+        itself). What is read here is in memory from the first look at it to the next :func:`give_back`.
         """
         wanted = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
         for file in sorted(folder.glob("*.safetensors")):
@@ -715,11 +716,8 @@ class Decoder(nn.Module):
         """Pack for CPU inference what C does not read as it is (:class:`Linear`); returns ``self``."""
         matrices = [module for module in self.modules() if isinstance(module, Linear)]
         inside = {m for layer in self.layers for m in layer.children()}
-        for (
-            matrix
-        ) in matrices:  # one that is the embedding too is packed: that may stay in its file
-            shared = matrix.weight is self.embedding
-            matrix.in_c = matrix not in inside and not shared and native.fits(matrix)
+        for matrix in matrices:
+            matrix.in_c = matrix not in inside and native.fits(matrix)
         for layer in self.layers:
             whole = layer.q_norm is None and self.config.head_dim % 32 == 0
             layer.in_c = whole and all(map(native.fits, layer.children()))

@@ -26,7 +26,7 @@ static inline __m512i four(const bf16 *k, int64_t stride) {
     return _mm512_inserti32x4(x, _mm_loadu_si128((const __m128i *)(k + 12 * stride)), 3);
 }
 
-/* KEYS keys become pairs of them: pair p of each, in the keys' order. */
+/* KEYS keys become pairs of their numbers: pair p of each, in the keys' order. */
 static inline void transpose(const bf16 *k, int64_t stride, int pairs, __m512i *pair) {
     for (int p = 0; p < pairs; p += 4, k += 8) {
         __m512i a = four(k, stride), b = four(k + stride, stride);
@@ -163,13 +163,13 @@ static inline void weights_of_some(const float *score, int n, int held, bf16 *we
 /* One part: for each row its largest score, its sum of weights and its weighted sum of values. next_k
    and next_v: where the next part lies. */
 static void part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_stride, int64_t v_stride,
-                 int rows, int queries, int dim, int64_t start, int64_t from, const bf16 *next_k,
-                 const bf16 *next_v, float *most, float *total, float *out) {
+                 int rows, int queries, int dim, int64_t start, int64_t packed, int64_t from,
+                 const bf16 *next_k, const bf16 *next_v, float *most, float *total, float *out) {
     int64_t entries = start + queries - from; /* seen by the last query */
     int held = (int)(entries < PART ? entries : PART), pairs = dim / 2, tiles = (rows + TILE - 1) / TILE;
     float score[MOST_ROWS * PART];
     bf16 weight[MOST_ROWS * PART], last[KEYS * MOST_DIM];
-    __m512i pair[MOST_DIM / 2];
+    __m512i transposed[MOST_DIM / 2];
     int begin[MOST_ROWS / TILE + 2];
     for (int t = 0; t <= tiles; t++) begin[t] = t * rows / tiles;
 
@@ -185,6 +185,7 @@ static void part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_stride, 
 
     for (int i = 0; i < held; i += KEYS) {
         const bf16 *keys = k + i * k_stride;
+        const __m512i *pair = transposed;
         int64_t stride = k_stride;
         if (i + KEYS > held) { /* what lies beyond is not read */
             memset(last, 0, sizeof last);
@@ -192,7 +193,10 @@ static void part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_stride, 
                 memcpy(last + j * dim, keys + j * k_stride, dim * sizeof(bf16));
             keys = last, stride = dim;
         }
-        transpose(keys, stride, pairs, pair);
+        if (from + i < packed)
+            pair = (const __m512i *)keys;
+        else
+            transpose(keys, stride, pairs, transposed);
         rest_k = fetch(rest_k, rest);
         rest_v = fetch(rest_v, others);
         for (int t = 0; t < tiles; t++)
@@ -238,10 +242,11 @@ int64_t attend_room(int64_t heads, int rows, int dim, int64_t entries) {
 }
 
 /* q [batch, heads, rows, dim] and out alike, dense; k, v [batch, heads, entries, dim] by strides in
-   elements: of a batch, a head, an entry. `start`: entries before the first query. */
+   elements: of a batch, a head, an entry. `start`: entries before the first query. The first `packed` of
+   them have keys that went through pack(). */
 void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *room, int64_t batch,
-            int64_t heads, int rows, int queries, int dim, int64_t start, const int64_t *stride,
-            int threads) {
+            int64_t heads, int rows, int queries, int dim, int64_t start, int64_t packed,
+            const int64_t *stride, int threads) {
     int64_t parts = (start + queries + PART - 1) / PART, all = batch * heads;
     float *most = room, *total = most + all * parts * rows, *sums = total + all * parts * rows;
 #pragma omp parallel num_threads(threads) if (threads > 1)
@@ -251,7 +256,7 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *room,
             int64_t next = unit + 1 < all * parts ? unit + 1 : unit;
             part(q + unit / parts * rows * dim, place(k, stride, unit, parts, heads),
                  place(v, stride + 3, unit, parts, heads), stride[2], stride[5], rows, queries, dim,
-                 start, unit % parts * PART, place(k, stride, next, parts, heads),
+                 start, packed, unit % parts * PART, place(k, stride, next, parts, heads),
                  place(v, stride + 3, next, parts, heads), most + unit * rows, total + unit * rows,
                  sums + unit * rows * dim);
         }
@@ -288,7 +293,7 @@ static void copy(const bf16 *x, const int64_t *stride, bf16 *to, const int64_t *
    has place for q in front. */
 void extend(const bf16 *q, const bf16 *new_k, const bf16 *new_v, bf16 *k, bf16 *v, bf16 *out,
             float *room, int64_t batch, int64_t heads, int rows, int queries, int dim, int64_t start,
-            const int64_t *stride, int threads) {
+            int64_t packed, const int64_t *stride, int threads) {
     int64_t group = rows / queries, head = (int64_t)queries * dim;
     const int64_t dense[3] = {heads * group * head, head, dim};
     bf16 *together = (bf16 *)room;
@@ -296,5 +301,32 @@ void extend(const bf16 *q, const bf16 *new_k, const bf16 *new_v, bf16 *k, bf16 *
     copy(new_k, stride + 9, k + start * stride[2], stride, batch, heads, queries, dim);
     copy(new_v, stride + 12, v + start * stride[5], stride + 3, batch, heads, queries, dim);
     attend(together, k, v, out, room + (batch * heads * rows * dim + 1) / 2, batch, heads, rows,
-           queries, dim, start, stride, threads);
+           queries, dim, start, packed, stride, threads);
+}
+
+/* Keys as scores() reads them, where they lie: KEYS of them become one block of pairs. k [heads, ...,
+   dim], a head every `stride` numbers, its entries side by side; those from `first` to `last`, multiples
+   of KEYS. A cache's old keys are transposed once and not in every step. */
+void pack(bf16 *k, int64_t heads, int64_t stride, int64_t first, int64_t last, int dim, int threads) {
+    int64_t blocks = (last - first) / KEYS;
+#pragma omp parallel for num_threads(threads) if (threads > 1 && heads * blocks > 256)
+    for (int64_t i = 0; i < heads * blocks; i++) {
+        bf16 *block = k + i / blocks * stride + (first + i % blocks * KEYS) * dim;
+        __m512i pair[MOST_DIM / 2];
+        transpose(block, dim, dim / 2, pair);
+        memcpy(block, pair, KEYS * dim * sizeof(bf16));
+    }
+}
+
+/* The first `entries` (a multiple of KEYS) of packed keys as they were: out [heads, entries, dim]. */
+void unpack(const bf16 *k, bf16 *out, int64_t heads, int64_t stride, int64_t entries, int dim,
+            int threads) {
+    int64_t blocks = entries / KEYS, pairs = dim / 2;
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+    for (int64_t i = 0; i < heads * blocks; i++) {
+        const int32_t *block = (const int32_t *)(k + i / blocks * stride + i % blocks * KEYS * dim);
+        int32_t *to = (int32_t *)(out + i * KEYS * dim);
+        for (int64_t j = 0; j < KEYS; j++)
+            for (int64_t p = 0; p < pairs; p++) to[j * pairs + p] = block[p * KEYS + j];
+    }
 }

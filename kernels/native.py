@@ -28,6 +28,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import math
 import os
 import platform
 import shutil
@@ -45,6 +46,7 @@ HEADER = Path(__file__).with_name("common_cpu.h")
 EXTENSIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma")
 FLAGS = ("-O3", "-fPIC", "-fopenmp", *(f"-m{extension}" for extension in EXTENSIONS))
 MOST_ROWS = 128  # as in the C file: queries times the heads that share a KV head
+BLOCK = 16  # as in the C file: keys that are packed together
 DIMS = (32, 64, 96, 128)
 MOST_TOKENS = 64
 """Tokens that :func:`before`, :func:`after` and :func:`normed_product` take: with more, PyTorch's blocked
@@ -87,12 +89,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, start: int) -> Tensor | None:
     strides = (ctypes.c_int64 * 6)(*k.stride()[:3], *v.stride()[:3])
     places = (t.data_ptr() for t in (q, k, v, out, room))
     shape = batch, kv_heads, rows, n, dim
-    found.attend(*places, *shape, start, strides, torch.get_num_threads())
+    found.attend(*places, *shape, start, 0, strides, torch.get_num_threads())
     return out
 
 
 def extend(
-    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int
+    q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, start: int, packed: int = 0
 ) -> Tensor | None:
     """Store ``k``, ``v`` in a cache and attend: :func:`attend` as a cache calls it, in one call.
 
@@ -105,6 +107,8 @@ def extend(
     keys, values
         The cache, ``[B, H_kv, T, D]``: entries ``start`` to ``start + n`` are overwritten, those before
         are attended too, and what lies beyond is not read.
+    packed
+        Entries, at most ``start``, whose keys went through :func:`pack`.
 
     Returns
     -------
@@ -129,8 +133,46 @@ def extend(
     room = torch.empty(parts + (batch * kv_heads * rows * dim + 1) // 2)
     strides = [length for t in (keys, values, q, k, v) for length in t.stride()[:3]]
     places = (t.data_ptr() for t in (*tensors, out, room))
-    shape = batch, kv_heads, rows, n, dim
-    found.extend(*places, *shape, start, (ctypes.c_int64 * 15)(*strides), torch.get_num_threads())
+    shape = batch, kv_heads, rows, n, dim, start, packed
+    found.extend(*places, *shape, (ctypes.c_int64 * 15)(*strides), torch.get_num_threads())
+    return out
+
+
+def packs(keys: Tensor) -> bool:
+    """Whether :func:`pack` takes the keys ``[..., T, D]`` of a cache."""
+    return (
+        keys.dtype == torch.bfloat16
+        and keys.is_cpu
+        and keys.is_contiguous()
+        and keys.shape[-1] in DIMS
+        and not keys.shape[-2] % BLOCK
+        and not keys.data_ptr() % 64
+        and library() is not None
+    )
+
+
+def pack(keys: Tensor, first: int, last: int) -> None:
+    """Lay out the keys of entries ``first`` to ``last`` as :func:`extend` computes with them, in place.
+
+    It needs the first two numbers of :data:`BLOCK` keys side by side, then the next two; without this
+    it makes that of every key in every step, a seventh of the attention of three queries. ``keys``
+    ``[..., T, D]`` is all that :func:`packs` was asked about, ``first`` and ``last`` are multiples of
+    :data:`BLOCK`.
+    """
+    *heads, entries, dim = keys.shape
+    shape = math.prod(heads), entries * dim, first, last, dim
+    library().pack(keys.data_ptr(), *shape, torch.get_num_threads())
+
+
+def unpack(keys: Tensor, entries: int) -> Tensor:
+    """The first ``entries`` keys of a packed cache as they were, a copy: ``[..., entries, D]``.
+
+    ``keys`` ``[..., T, D]`` is contiguous and may begin with any packed block.
+    """
+    *heads, _, dim = keys.shape
+    out = torch.empty(*heads, entries, dim, dtype=keys.dtype)
+    shape = math.prod(heads), keys.stride(-3), entries, dim
+    library().unpack(keys.data_ptr(), out.data_ptr(), *shape, torch.get_num_threads())
     return out
 
 
@@ -259,9 +301,11 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
         return None, "off: this CPU has no AVX512-BF16"
     pointer, whole, long = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     found.attend_room.restype, found.attend_room.argtypes = long, [long, whole, whole, long]
-    sizes = [long, long, whole, whole, whole, long]
+    sizes = [long, long, whole, whole, whole, long, long]
     found.attend.restype, found.attend.argtypes = None, [pointer] * 5 + sizes + [pointer, whole]
     found.extend.restype, found.extend.argtypes = None, [pointer] * 7 + sizes + [pointer, whole]
+    found.pack.restype, found.pack.argtypes = None, [pointer, *[long] * 4, whole, whole]
+    found.unpack.restype, found.unpack.argtypes = None, [*[pointer] * 2, *[long] * 3, whole, whole]
     found.layer_room.restype, found.layer_room.argtypes = long, [whole, long, long, long]
     sizes, last = [whole, whole, long, whole, whole], [ctypes.c_float, whole]
     found.before.restype, found.before.argtypes = None, [pointer] * 8 + sizes + last

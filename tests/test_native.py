@@ -1,6 +1,8 @@
 """Attention and layers in C against PyTorch, rows that round alike, and what happens without C."""
 
 import math
+import random
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -93,6 +95,45 @@ def test_sequences_of_a_batch_and_any_strides():
         [native.attend(q[b : b + 1], k[b : b + 1], v[b : b + 1], 67) for b in range(3)]
     )
     assert torch.equal(found, alone)
+
+
+@needs_library
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_packed_keys_change_nothing_but_where_they_lie(shape):
+    """Steps, pieces of a prompt, rewinds and readers of all kinds: as with keys that stay rows."""
+    heads, kv_heads, dim = shape
+    config = replace(tiny.CONFIG, num_heads=heads, num_kv_heads=kv_heads, head_dim=dim)
+    caches = [KVCache(config, 500, dtype=torch.bfloat16) for _ in range(2)]
+    caches[1].stay_rows()
+    layers, chance = range(config.num_layers), random.Random(dim)
+    for turn in range(60):
+        length = caches[0].length
+        if chance.random() < 0.3:
+            back = chance.randrange(length + 1)
+            for cache in caches:
+                cache.rewind(back)
+            length = back
+        n = min(chance.choice((1, 1, 3, 5, 16, 32, 70)), 500 - length)
+        for cache in caches:
+            cache.reserve(n)
+        for layer in layers:
+            new = draw(*shape, n, n, slack=0, seed=100 * turn + layer)
+            found = [cache.attend(layer, *new) for cache in caches]
+            assert torch.equal(*found)
+        for cache in caches:
+            cache.advance(n)
+        first = chance.randrange(length + n)
+        last = chance.randrange(first, length + n + 1)
+        for layer in layers:
+            assert torch.equal(*(cache.keys(layer, first, last) for cache in caches))
+        for found, expected in zip(*(cache.entries(first, last) for cache in caches), strict=True):
+            assert torch.equal(found, expected)
+        if n <= 32:
+            assert caches[0]._packed == length // native.BLOCK * native.BLOCK
+            assert caches[1]._packed == 0
+    assert caches[0]._packed
+    caches[0].stay_rows()
+    assert torch.equal(*(cache._keys for cache in caches))
 
 
 @needs_library
@@ -347,7 +388,9 @@ def test_a_head_in_c_and_what_stays_with_pytorch():
         x = streams(in_c, 1, 5)[0]
         close(in_c.logits(x), usual.logits(x))
         assert in_c.logits(x, wide=False).dtype == torch.bfloat16
-        assert not packed(tie_embeddings=True)[0].head.in_c  # the embedding may stay in its file
+        tied = packed(tie_embeddings=True)[0]
+        assert tied.head.in_c
+        assert tied.head.weight is tied.embedding  # in memory once
     for sizes in (
         {"hidden_size": 100},
         {"head_dim": 16},
