@@ -446,7 +446,7 @@ def figure(
         "refresh": ("refresh",),
         "controller": ("controller", "predicted"),
         "contexts": ("controller", "predicted"),
-        "paired": ("controller", "longer", "predicted"),
+        "paired": ("controller", "longer", "copies", "predicted"),
         "speed": ("speed",),
     }
     names = ("headline", "acceptance", *swept)

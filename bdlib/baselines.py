@@ -296,7 +296,7 @@ class Transformers:
 
         made = DynamicCache(config=self.model.config)
         for layer in range(full.config.num_layers):
-            keys, values = full.keys(layer, 0, length), full.values(layer, 0, length)
+            keys, values = full.rows(layer, 0, length), full.values(layer, 0, length)
             made.update(keys.clone().contiguous(), values.clone(), layer)
         return made
 

@@ -30,7 +30,7 @@ from bdlib.transformer import DecoderConfig
 
 STEP = 32
 """A step has at most so many tokens; before one, keys are packed (:func:`bdlib.kernels.native.pack`).
-A prompt's pieces are longer: they read keys as rows."""
+A prompt's pieces are longer, and read keys as rows; so do steps of more rows than the C file takes."""
 SLACK = 128  # rejected positions that the query log can forget without losing older queries
 
 
@@ -136,9 +136,11 @@ class KVCache:
         self.config, self.capacity, self.batch = config, capacity, batch
         self.dtype, self.device = dtype, torch.device(device)
         self._keys, self._values = _allocate(config, capacity, batch, dtype, self.device)
-        self.length = 0
         self._packed = 0  # the first entries, whose keys lie as the C file computes with them
         self._packs = native.packs(self._keys)
+        most = native.MOST_ROWS * config.num_kv_heads // config.num_heads
+        self._step = min(STEP, most)
+        self._length = 0
         self.log: QueryLog | None = None
         if observe is not None and observe.observe != "none":
             self.log = QueryLog(config, observe, capacity, batch, dtype, self.device)
@@ -147,6 +149,16 @@ class KVCache:
         self.taps = taps
         shape = (batch, capacity if taps else 0, len(taps), config.hidden_size)
         self._features = torch.zeros(shape, dtype=dtype, device=self.device)
+
+    @property
+    def length(self) -> int:
+        """Positions held. To set it is to say so of entries that somebody wrote, or to forget some."""
+        return self._length
+
+    @length.setter
+    def length(self, length: int) -> None:
+        self._unpack(length)
+        self._length = length
 
     def keep_features(self, layer: int, x: Tensor) -> None:
         """Keep the residual stream ``[B, n, C]`` after a tapped layer at the next positions."""
@@ -164,8 +176,15 @@ class KVCache:
         return self._features.nbytes
 
     def keys(self, layer: int, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rotated keys ``[B, H_kv, T, D]`` of positions ``start`` to ``stop``: a view, or a copy of such
-        as a step has packed."""
+        """Rotated keys ``[B, H_kv, T, D]`` of positions ``start`` to ``stop``, a view until the next step.
+
+        What a step has packed is unpacked for it: :meth:`rows` is for those who only read.
+        """
+        self._unpack(start)
+        return self._keys[layer][:, :, start : self.length if stop is None else stop]
+
+    def rows(self, layer: int, start: int = 0, stop: int | None = None) -> Tensor:
+        """As :meth:`keys`, but a copy of such as are packed, which stay so."""
         return self._as_rows(self._keys[layer], start, self.length if stop is None else stop)
 
     def values(self, layer: int, start: int = 0, stop: int | None = None) -> Tensor:
@@ -173,7 +192,7 @@ class KVCache:
         return self._values[layer][:, :, start : self.length if stop is None else stop]
 
     def entries(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of all layers, ``[L, B, H_kv, n, D]``, as :meth:`keys` gives one layer's."""
+        """Keys and values of all layers, ``[L, B, H_kv, n, D]``, as :meth:`rows` gives one layer's."""
         return self._as_rows(self._keys, start, stop), self._values[:, :, :, start:stop]
 
     def _as_rows(self, keys: Tensor, start: int, stop: int) -> Tensor:
@@ -184,22 +203,25 @@ class KVCache:
         rows = native.unpack(keys[..., first:, :], packed - first)
         return torch.cat((rows, keys[..., packed:, :]), -2)[..., start - first : stop - first, :]
 
-    def _pack(self) -> None:
-        """Pack the keys of every whole block that is there."""
-        whole = self.length // native.BLOCK * native.BLOCK
-        if whole > self._packed:
+    def pack(self) -> None:
+        """Lay out the keys of every whole block as a step on this machine computes with them.
+
+        A step does so by itself; a prompt that was read does not need to wait for one.
+        """
+        whole = self._length // native.BLOCK * native.BLOCK
+        if self._packs and whole > self._packed:
             native.pack(self._keys, self._packed, whole)
             self._packed = whole
 
     def _unpack(self, length: int) -> None:
-        """Undo that from ``length`` on."""
+        """Undo :meth:`pack` from ``length`` on."""
         first = length // native.BLOCK * native.BLOCK
         if first < self._packed:
             self._keys[..., first : self._packed, :] = self.entries(first, self._packed)[0]
             self._packed = first
 
     def stay_rows(self) -> None:
-        """Keep every key where :meth:`keys` can show it in place, from here on: steps take longer."""
+        """Pack nothing from here on, for one who reads entries in place: steps take longer."""
         self._unpack(0)
         self._packs = False
 
@@ -209,8 +231,8 @@ class KVCache:
             raise ValueError(
                 f"cache of {self.capacity} tokens cannot take {n} more after {self.length}"
             )
-        if self._packs and n <= STEP:
-            self._pack()
+        if n <= self._step:
+            self.pack()
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Store ``k, v`` ``[B, H_kv, n, D]`` at the next ``n`` positions and attend from ``q``."""
@@ -229,13 +251,12 @@ class KVCache:
 
     def advance(self, n: int) -> None:
         """Make the ``n`` positions stored by :meth:`attend` part of the cache."""
-        self.length += n
+        self._length += n
 
     def rewind(self, length: int) -> None:
         """Forget every position from ``length`` on."""
         if not 0 <= length <= self.length:
             raise ValueError(f"cannot rewind to {length}: the cache holds {self.length} tokens")
-        self._unpack(length)
         self.length = length
 
     def nbytes(self) -> int:
@@ -321,7 +342,7 @@ class SparseKVCache:
         chosen = []
         for layer in range(self.config.num_layers):
             queries, at = (None, None) if source.log is None else source.log.read(layer, length)
-            keys = source.keys(layer)
+            keys = source.rows(layer)
             selection = self.policy.select(keys, self.budget, queries, at)
             m, window = selection.indices.shape[-1], selection.window
             if m + window > self.budget:
@@ -338,12 +359,12 @@ class SparseKVCache:
         """Copy what was chosen, and the recent entries behind it."""
         indices, window = selection.indices, selection.window
         m, first = indices.shape[-1], source.length - window
-        keys, values = source.keys(layer), source.values(layer)
+        keys, values = source.rows(layer), source.values(layer)
         take = indices[..., None].expand(-1, -1, -1, keys.shape[-1])
         end = slice(m, m + window)
         self._keys[layer][:, :, :m] = keys.gather(2, take)
         self._values[layer][:, :, :m] = values.gather(2, take)
-        self._keys[layer][:, :, end] = source.keys(layer, first)
+        self._keys[layer][:, :, end] = keys[:, :, first:]
         self._values[layer][:, :, end] = source.values(layer, first)
 
     def _logged(self, log: QueryLog | None) -> bool:
@@ -416,7 +437,7 @@ class SparseKVCache:
         source, room = self._source, self.budget - keys.shape[2]
         if room < 1:
             return keys, values
-        known = source.keys(layer, 0, self._known)
+        known = source.rows(layer, 0, self._known)
         picked = self.policy.select(known, room, q, None).indices
         self.peak_entries = max(self.peak_entries, picked.shape[-1] + keys.shape[2])
         take = picked[..., None].expand(-1, -1, -1, known.shape[-1])

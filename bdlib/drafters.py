@@ -272,15 +272,20 @@ def _mix(
 
 
 def _copy(copies: Copies, n: int, stop: Stop | None, device: torch.device) -> Proposal | None:
-    """A draft that is copied to its end, as long as copies are all but certain; ``None`` if they are not."""
+    """A draft that is copied to its end, as long as copies are nearly certain; ``None`` if they are not."""
     drafted: list[int] = []
     chances: list[float] = []
+    reached = 1.0
     while len(drafted) < n:
         length, token = copies.guess(drafted)
         if copies.chance(length) < SURE:
             break
         drafted.append(token)
         chances.append(copies.chance(length))
+        if stop is not None:
+            reached *= stop.chance(chances[-1])
+            if reached < stop.below:
+                break
     if not drafted:
         return None
     tokens = torch.tensor(drafted, device=device)
@@ -637,4 +642,5 @@ def prefill(
                 model.hidden(part, cache)
                 # Scores of ever longer rows do not fit the holes that shorter ones left.
                 give_back()
+        cache.pack()
     return cache

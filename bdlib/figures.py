@@ -1003,21 +1003,27 @@ def controller(
 
     Outputs that loop are hollow; a bar is the median of those that do not.
     """
+    from bdlib.measure import COPIES
+
     fig, axes, steered = _steered_panels(records, 4.4)
-    policies = list(dict.fromkeys(r["policy"] for r in steered))
+    series = list(dict.fromkeys((r["policy"], r["drafter"].endswith(COPIES)) for r in steered))
     contexts = sorted({r["context"] for r in steered})
+    step = 0.8 / max(2, len(series))
     for regime, ax in axes.items():
-        for i, policy in enumerate(policies):
+        for i, (policy, copied) in enumerate(series):
+            name = policy + ", copies" * copied
             for x, context in enumerate(contexts):
                 found = _where(steered, regime=regime, policy=policy, context=context)
-                middle = x + 0.4 * (i - (len(policies) - 1) / 2)
+                found = [r for r in found if r["drafter"].endswith(COPIES) == copied]
+                middle = x + step * (i - (len(series) - 1) / 2)
                 for looping in (False, True):
                     own = [r["speedup_decode"] for r in found if r["looping"] == looping]
-                    gap = min(0.03, 0.3 / max(1, len(own)))
-                    _column(ax, middle, own, gap, i, looping, label="" if looping else policy)
+                    gap = min(0.03, 0.75 * step / max(1, len(own)))
+                    _column(ax, middle, own, gap, i, looping, label="" if looping else name)
                 straight = [r["speedup_decode"] for r in found if not r["looping"]]
                 if straight:
-                    ax.plot([middle - 0.17, middle + 0.17], [median(straight)] * 2, "k", lw=2)
+                    ends = [middle - 0.42 * step, middle + 0.42 * step]
+                    ax.plot(ends, [median(straight)] * 2, "k", lw=2)
         ax.set_xticks(range(len(contexts)), [_tick("context", c) for c in contexts])
     panels = list(axes.values())
     panels[0].set(ylabel="speed-up over plain decoding", ylim=(0.8, None))
@@ -1025,7 +1031,7 @@ def controller(
     first = steered[0]
     caption(
         fig,
-        f"{first['drafter']}, budget {first['budget']}, gamma at most {first['gamma']}; decoding alone;"
+        f"{_named(steered)}, budget {first['budget']}, gamma at most {first['gamma']}; decoding alone;"
         " hollow: the output loops; bars: medians of those that do not;\n"
         f"{about['threads'][0]} threads. {origin(about)}",
     )
@@ -1084,11 +1090,12 @@ def against_shortest(
         raise ValueError(f"contexts {contexts} must be at least two to be compared")
     runs: dict[tuple, dict[int, Mapping[str, Any]]] = {}
     for r in records:
-        runs.setdefault((r["text"], r["sample"], r["policy"]), {})[r["context"]] = r
+        key = r["text"], r["sample"], r["policy"], r["drafter"]
+        runs.setdefault(key, {})[r["context"]] = r
     rows = []
     for context in contexts[1:]:
         logs: dict[tuple, list[tuple[float, float]]] = {}
-        for (text, sample, _), own in runs.items():
+        for (text, sample, *_), own in runs.items():
             if contexts[0] not in own or context not in own:
                 continue
             short, long = own[contexts[0]], own[context]
@@ -1146,9 +1153,99 @@ def longer(
     first = steered[0]
     caption(
         fig,
-        f"{first['drafter']}, budget {first['budget']}, controller; same texts, ending at the same"
+        f"{_named(steered)}, budget {first['budget']}, controller; same texts, ending at the same"
         " places; outputs that do not loop; geometric means over n texts, 95 % intervals;\n"
         f"{about['threads'][0]} threads. {origin(about)}",
+    )
+    return fig, panels
+
+
+def _named(records: Iterable[Mapping[str, Any]]) -> str:
+    """The drafters' names, with copies or without."""
+    from bdlib.measure import COPIES
+
+    return ", ".join(dict.fromkeys(r["drafter"].removesuffix(COPIES) for r in records))
+
+
+def against_without(records: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What copies of repeated text (:mod:`bdlib.copies`) add to a drafter, prompt by prompt.
+
+    Returns
+    -------
+    list of dict
+        The rows of each drafter with copies that was measured without them too, on the same prompt and
+        with the same settings: its row, with ``speedup`` and ``tokens`` (a round), each over that
+        without copies, and ``looping`` if either output goes in circles.
+
+    Raises
+    ------
+    ValueError
+        If there is no such pair.
+    """
+    from bdlib.measure import COPIES
+
+    axes = (
+        "regime",
+        "policy",
+        "budget",
+        "context",
+        "gamma",
+        "controller",
+        "text",
+        "sample",
+        "seed",
+    )
+    runs = {(r["drafter"], *(r[name] for name in axes)): r for r in records}
+    rows = []
+    for (name, *rest), r in runs.items():
+        without = runs.get((name.removesuffix(COPIES), *rest))
+        if name.endswith(COPIES) and without is not None:
+            gain, tokens = (r[n] / without[n] for n in ("speedup_decode", "accepted_length"))
+            looping = r["looping"] or without["looping"]
+            rows.append({**r, "speedup": gain, "tokens": tokens, "looping": looping})
+    if not rows:
+        raise ValueError(f"no drafter was measured both with {COPIES} and without")
+    return rows
+
+
+def copies(
+    records: Sequence[Mapping[str, Any]], about: Mapping[str, Any]
+) -> tuple[Figure, Sequence[Axes]]:
+    """:func:`against_without` of the runs with a controller: a panel a regime, a mark a text.
+
+    Hollow marks are texts on which an output loops; bars are geometric means of the others with their
+    95 % intervals.
+    """
+    from bdlib import measure
+
+    fig, axes, steered = _steered_panels(records, 4.2)
+    rows = against_without(steered)
+    contexts = sorted({r["context"] for r in rows})
+    ticks = (0.7, 0.8, 0.9, 1, 1.2, 1.4, 1.6, 2)
+    for regime, ax in axes.items():
+        for x, context in enumerate(contexts):
+            own = _where(rows, regime=regime, context=context)
+            for hollow in (False, True):
+                _column(
+                    ax, x, [r["speedup"] for r in own if r["looping"] == hollow], 0.02, x, hollow
+                )
+            logs = [math.log(r["speedup"]) for r in own if not r["looping"]]
+            if logs:
+                span = _exp(measure.interval(logs))
+                style = {"color": "black", "capsize": 5, "lw": 2, "marker": "_", "ms": 22}
+                ax.errorbar(x, span.mean, _reach(span), **style)
+        ax.set_xticks(range(len(contexts)), [_tick("context", c) for c in contexts])
+        ax.set_yscale("log")
+        ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
+        ax.set_yticks([], minor=True)
+    panels = list(axes.values())
+    panels[0].set(ylabel="speed with copies over without")
+    first = rows[0]
+    caption(
+        fig,
+        f"{_named(rows)}, {first['policy']}, budget {first['budget']}, controller; a mark a text, hollow:"
+        f" an output loops;\nbars: geometric means of the others, 95 % intervals."
+        f" {about['threads'][0]} threads. {origin(about)}",
     )
     return fig, panels
 

@@ -123,7 +123,8 @@ def test_certain_copies_need_no_model():
 def test_the_mixture_is_what_was_drawn_from():
     """Frequencies of drafts against the distribution that verification is told of."""
     target = tiny.model(seed=1, sharp=3.0)
-    prompt = torch.cat([tiny.text(12, seed=3)] * 2 + [tiny.text(12, seed=3)[:8]])
+    text = tiny.text(12, seed=3)
+    prompt = torch.cat((text, tiny.text(6, seed=4), text[:6]))
     generator = torch.Generator().manual_seed(0)
     sampling = Sampling(temperature=1.0)
     counts, told, mixed = None, None, 0
@@ -141,8 +142,8 @@ def test_the_mixture_is_what_was_drawn_from():
         mixed += 1
     assert told.sum() == pytest.approx(1, abs=1e-6)
     length, copied = who._copies.guess()
-    assert length == LONGEST
-    assert told[copied] > 0.5
+    assert (length, copied) == (6, text[6])
+    assert told[copied] > 0.3
     error = (counts / mixed - told).abs()
     assert (error < 5 * (told * (1 - told) / mixed).sqrt() + 2 / mixed).all()
 

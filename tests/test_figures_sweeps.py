@@ -170,7 +170,7 @@ def test_archive_is_drawn(name):
         ("refresh", {"refresh"}),
         ("controller", {"controller", "predicted", "fixed"}),
         ("contexts", {"controller", "predicted"}),
-        ("paired", {"controller", "longer", "predicted"}),
+        ("paired", {"controller", "longer", "copies", "predicted"}),
         ("speed", {"speed"}),
     ],
 )
@@ -307,6 +307,39 @@ def test_a_longer_context_is_drawn_beside_the_shortest():
     drawn = {round(float(y), 6) for line in axes[0].get_lines() for y in line.get_ydata()}
     assert {round(1.2**0.5, 6), round(0.9**0.5, 6), round((0.9 / 1.2) ** 0.5, 6)} <= drawn
     assert "n = 2" in axes[0].get_xticklabels()[0].get_text()
+
+
+COPIED = [
+    *PAIRED,
+    paired(4096, 1.8, 2.5, drafter="d@copies"),
+    paired(16384, 1.8, 2.0, drafter="d@copies"),
+    paired(4096, 3.2, 3.0, sample=2, looping=True, drafter="d@copies"),
+    paired(4096, 2.0, 3.0, sample=7, drafter="d@copies"),  # never without
+]
+
+
+def test_copies_beside_none_by_hand():
+    rows = figures.against_without(COPIED)
+    found = [(r["context"], r["sample"], r["speedup"], r["tokens"], r["looping"]) for r in rows]
+    assert found == [
+        (4096, 0, pytest.approx(1.2), pytest.approx(1.25), False),
+        (16384, 0, pytest.approx(1.0), pytest.approx(1.0), False),
+        (4096, 2, pytest.approx(2.0), pytest.approx(1.5), True),
+    ]
+    with pytest.raises(ValueError, match="no drafter was measured both with @copies and without"):
+        figures.against_without(PAIRED)
+    # Each drafter is beside itself at the shortest context.
+    assert figures.against_shortest(COPIED)[0]["speedup"].n == 2
+
+
+def test_copies_are_drawn_beside_none():
+    about = ABOUT | {"threads": [2]}
+    axes = figures.copies(COPIED, about)[1]
+    drawn = {round(float(y), 6) for line in axes[0].get_lines() for y in line.get_ydata()}
+    assert {1.2, 1.0, 2.0} <= drawn
+    axes = figures.controller(COPIED, about)[1]
+    labels = [text.get_text() for text in axes[0].get_figure().legends[0].get_texts()]
+    assert labels == ["chunk_topk_recent", "sink_window", "chunk_topk_recent, copies"]
 
 
 def contest(sample, speeds, distinct=0.9):
