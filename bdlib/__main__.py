@@ -121,7 +121,8 @@ def measure(
         str, typer.Option(help="smollm2, paper, or a folder or hub id of a target.")
     ] = "smollm2",
     drafter: Annotated[
-        str, typer.Option(help="self, ngram, or a folder or hub id of a model.")
+        str,
+        typer.Option(help="self, ngram, or a folder or hub id of a model, with @copies or not."),
     ] = "self",
     policy: Annotated[
         str, typer.Option(help="What the drafter's cache keeps, for example sink_window.")

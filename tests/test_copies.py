@@ -6,7 +6,7 @@ import pytest
 import tiny
 import torch
 
-from bdlib import measure
+from bdlib import measure, models
 from bdlib.controllers import Controller, ControllerSettings
 from bdlib.copies import LONGEST, RIGHT, ROUNDS, SHORTEST, SURE, Copies
 from bdlib.decoding import generate
@@ -120,17 +120,27 @@ def test_certain_copies_need_no_model():
     assert len(who._pending) > 5
 
 
-def test_the_mixture_is_what_was_drawn_from():
-    """Frequencies of drafts against the distribution that verification is told of."""
+@pytest.mark.parametrize("reduced", [False, True])
+def test_the_mixture_is_what_was_drawn_from(reduced):
+    """Frequencies of drafts against the distribution that verification is told of.
+
+    Reduced: the drafter has no row for the token that is copied.
+    """
     target = tiny.model(seed=1, sharp=3.0)
     text = tiny.text(12, seed=3)
     prompt = torch.cat((text, tiny.text(6, seed=4), text[:6]))
+    small = tiny.model(seed=5, sharp=3.0, num_layers=1)
+    if reduced:
+        scored = torch.arange(small.config.vocab_size)
+        scored = scored[scored != text[6]]
+        models._score(small, scored, small.head.dense()[scored])
+        small.requires_grad_(False)
     generator = torch.Generator().manual_seed(0)
     sampling = Sampling(temperature=1.0)
     counts, told, mixed = None, None, 0
     cache = prefill(target, prompt, len(prompt) + 8)
     for _ in range(3000):
-        who = drafter()
+        who = ModelDrafter(small, WINDOW, 16, copies=True)
         who.start(prompt, cache, len(prompt) + 8)
         who.select(0)
         proposal = who.propose(int(prompt[-1]), 1, sampling, generator)
