@@ -686,7 +686,7 @@ class Decoder(nn.Module):
         if not pack:
             return model
         model.pack()
-        if model.head.packed is not None:
+        if model.head.weight is not model.embedding:
             model._look_up_in(folder)
         return model
 

@@ -8,7 +8,7 @@ import pytest
 import tiny
 import torch
 
-from bdlib import attention, models
+from bdlib import attention, models, transformer
 from bdlib.cache import KVCache
 from bdlib.kernels import native
 from bdlib.transformer import Linear
@@ -421,6 +421,17 @@ def test_a_head_in_c_and_what_stays_with_pytorch():
     assert native.takes(x)
     for other in (x.clone().requires_grad_(True), x.bfloat16(), x[:, ::2]):
         assert not native.takes(other)
+
+
+@needs_library
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_that_is_no_head_stays_in_its_file(tied, tmp_path):
+    packed(tie_embeddings=tied)[0].save(tmp_path)
+    before = len(transformer._IN_FILES)
+    found = transformer.Decoder.load(tmp_path, dtype=torch.bfloat16)
+    assert found.head.in_c
+    assert (len(transformer._IN_FILES) > before) == (not tied)
+    assert (found.head.weight is found.embedding) == tied
 
 
 @needs_library
