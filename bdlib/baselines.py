@@ -200,11 +200,11 @@ class BaselineSettings:
             For a method that is not there, and a draft length that is none.
         """
         known = available(self.drafters)
+        copying = [f"{name}{measure.COPIES}" for name in _folders(self.drafters)]
         found = {"plain": ("plain", self.gamma)}
         for label in self.methods or known:
             name, colon, length = label.partition(":")
-            copies = name.endswith(measure.COPIES) and _trained(name) in _folders(self.drafters)
-            if name not in known and not copies:
+            if name not in known and name not in copying:
                 raise ValueError(
                     f"unknown method {name!r}; allowed: {', '.join(known)}, and a trained drafter's"
                     f" name with {measure.COPIES}"

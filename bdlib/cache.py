@@ -200,8 +200,11 @@ class KVCache:
         if start >= min(packed, stop):
             return keys[..., start:stop, :]
         first = start // native.BLOCK * native.BLOCK
-        rows = native.unpack(keys[..., first:, :], packed - first)
-        return torch.cat((rows, keys[..., packed:, :]), -2)[..., start - first : stop - first, :]
+        last = min(packed, -(-stop // native.BLOCK) * native.BLOCK)
+        rows = native.unpack(keys[..., first:, :], last - first)[..., start - first :, :]
+        if stop <= last:
+            return rows[..., : stop - start, :]
+        return torch.cat((rows, keys[..., last:stop, :]), -2)
 
     def pack(self) -> None:
         """Lay out the keys of every whole block as a step on this machine computes with them.
@@ -217,7 +220,9 @@ class KVCache:
         """Undo :meth:`pack` from ``length`` on."""
         first = length // native.BLOCK * native.BLOCK
         if first < self._packed:
-            self._keys[..., first : self._packed, :] = self.entries(first, self._packed)[0]
+            self._keys[..., first : self._packed, :] = self._as_rows(
+                self._keys, first, self._packed
+            )
             self._packed = first
 
     def stay_rows(self) -> None:
@@ -350,22 +355,23 @@ class SparseKVCache:
                     f"policy {self.policy.name!r} chose {m + window} entries, budget {self.budget}"
                 )
             chosen.append(selection.indices)
-            self._copy_selected(layer, source, selection)
+            self._copy_selected(layer, keys, source.values(layer), selection)
         self._selected = torch.stack(chosen)
         self._recent = list(range(length - window, length))
         self.peak_entries = max(self.peak_entries, self.size)
 
-    def _copy_selected(self, layer: int, source: KVCache, selection: Selection) -> None:
-        """Copy what was chosen, and the recent entries behind it."""
+    def _copy_selected(
+        self, layer: int, keys: Tensor, values: Tensor, selection: Selection
+    ) -> None:
+        """Copy what was chosen of a layer's ``keys`` and ``values``, and the recent ones behind it."""
         indices, window = selection.indices, selection.window
-        m, first = indices.shape[-1], source.length - window
-        keys, values = source.rows(layer), source.values(layer)
+        m, first = indices.shape[-1], keys.shape[2] - window
         take = indices[..., None].expand(-1, -1, -1, keys.shape[-1])
         end = slice(m, m + window)
         self._keys[layer][:, :, :m] = keys.gather(2, take)
         self._values[layer][:, :, :m] = values.gather(2, take)
         self._keys[layer][:, :, end] = keys[:, :, first:]
-        self._values[layer][:, :, end] = source.values(layer, first)
+        self._values[layer][:, :, end] = values[:, :, first:]
 
     def _logged(self, log: QueryLog | None) -> bool:
         """Whether a log holds the queries that the policy looks at."""
@@ -514,7 +520,9 @@ class InPlaceKVCache(SparseKVCache):
             raise ValueError("source is another full cache than the one that is read in place")
         super().fill(source)
 
-    def _copy_selected(self, layer: int, source: KVCache, selection: Selection) -> None:
+    def _copy_selected(
+        self, layer: int, keys: Tensor, values: Tensor, selection: Selection
+    ) -> None:
         self._chunk_size = selection.chunk_size
         self._chunks = None
 

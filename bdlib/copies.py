@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+COPIES = "@copies"
+"""After a drafter's name: it has them."""
 SHORTEST, LONGEST = 3, 8
 """Tokens that must repeat, and how many of a repetition count."""
 CANDIDATES = 16

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from bdlib.cache import KVCache, SparseKVCache, sparse_cache_of
-from bdlib.copies import SURE, Copies
+from bdlib.copies import COPIES, SURE, Copies
 from bdlib.models import row_of
 from bdlib.sampling import Sampling
 from bdlib.selection import Policy, check_whole, is_whole
@@ -202,21 +202,19 @@ def _draft(
         part = slice(first, first + step)
         hidden = _run(model, tokens[:, part], cache, None if states is None else states[part])
     drafted, probs, chances, reached = [], [], [], 1.0
-    mixed: list[tuple[float, int]] = []  # of each draft: how much of a copy, and which
+    mixed: list[tuple[float, int]] = []  # of each draft, with copies: how much of one, and which
     for i in range(n):
         logits = model.logits(hidden[:, -1:])[:, 0]
         token, row = sampling.draw(logits, generator)
-        own = None
         if stop is not None or copies is not None:
             own = torch.softmax(logits, -1) if row is None else row
             chances.append(float(own[0, token]))
-        drawn = token
         if model.vocabulary is not None:  # from rows of the head to token ids
             token = model.vocabulary[token]
         if copies is not None:
-            known = [int(t) for t in drafted]
+            known, rows = [int(t) for t in drafted], row_of(model)
             token, chances[-1], share = _mix(
-                copies, known, model, own[0], int(drawn), int(token), sampling, generator
+                copies, known, int(token), chances[-1], own[0], rows, sampling, generator
             )
             mixed.append(share)
             token = torch.tensor([token], device=model.device)
@@ -229,11 +227,11 @@ def _draft(
         state = None if states is None else hidden[0, -1:]
         hidden = _run(model, token[:, None], cache, state)
     rows = None if sampling.greedy else torch.cat(probs)
-    if rows is not None and model.vocabulary is not None:
-        whole = rows.new_zeros(len(rows), model.config.vocab_size)
-        rows = whole.index_copy_(1, model.vocabulary, rows)
     if rows is not None:
-        for row, (weight, copied) in zip(rows, mixed, strict=False):
+        if model.vocabulary is not None:
+            whole = rows.new_zeros(len(rows), model.config.vocab_size)
+            rows = whole.index_copy_(1, model.vocabulary, rows)
+        for (weight, copied), row in zip(mixed, rows, strict=False):
             if weight:
                 row.mul_(1 - weight)
                 row[copied] += weight
@@ -243,26 +241,25 @@ def _draft(
 def _mix(
     copies: Copies,
     drafted: list[int],
-    model: Decoder,
-    own: Tensor,
-    drawn: int,
     token: int,
+    chance: float,
+    own: Tensor,
+    rows: Tensor | None,
     sampling: Sampling,
     generator: torch.Generator | None,
 ) -> tuple[int, float, tuple[float, int]]:
     """A token from a model's distribution ``own`` and a copy: token, its chance, the copy's share.
 
-    ``drawn`` is the row of ``own`` that the model alone would take, ``token`` its id.
+    The model alone would take ``token``, to which it gives ``chance``; ``rows`` says where ``own`` has
+    each token id (:func:`bdlib.models.row_of`).
     """
-
     length, copied = copies.guess(drafted)
     weight = copies.weight(length, float(own.max())) if length else 0.0
     if not weight:
-        return token, float(own[drawn]), (0.0, 0)
-    rows = row_of(model)
+        return token, chance, (0.0, 0)
     row = copied if rows is None else int(rows[copied])
     of_copy = weight + (1 - weight) * (float(own[row]) if row >= 0 else 0.0)
-    of_own = of_copy if token == copied else (1 - weight) * float(own[drawn])
+    of_own = of_copy if token == copied else (1 - weight) * chance
     if sampling.greedy:
         takes = of_copy > of_own
     else:
@@ -405,7 +402,7 @@ class ModelDrafter(Drafter):
         self.model, self.policy, self.budget, self.refresh = model, policy, budget, refresh
         self.piece, self.reach, self.copies = piece, reach, copies
         self.taps = getattr(model, "taps", ())
-        self.name = ("feature" if self.taps else "model") + "@copies" * copies
+        self.name = ("feature" if self.taps else "model") + COPIES * copies
 
     def start(
         self,
@@ -448,7 +445,6 @@ class ModelDrafter(Drafter):
                 read = read[HEAD + self._unread :]
             self._take_in(read)
         self._copies = Copies(prompt.tolist()) if self.copies else None
-        self._copied = False  # whether the last draft was made without the model
         self._pending: list[int] = []
         self._behind: list[int] = []  # emitted tokens that the kept full cache lacks
 
@@ -504,17 +500,16 @@ class ModelDrafter(Drafter):
         self._pending.append(last)
         if self._keep:
             self._behind.append(last)
-        if self._copies is not None:
-            proposal = _copy(self._copies, n, self.stop, self.model.device)
-            self._copied = proposal is not None
-            if self._copied:
-                return proposal
         # After rounds without it there may be more to take in than the cache can hold: skip the oldest.
         missed = max(0, len(self._pending) - self.cache.budget)
         self._pending = self._pending[missed:]
         self.cache.length += missed
         start = self.cache.length
         self._base = start + len(self._pending)
+        if self._copies is not None:
+            copied = _copy(self._copies, n, self.stop, self.model.device)
+            if copied is not None:
+                return copied
         states = self._states(start, len(self._pending))
         return _draft(
             self.model,
@@ -531,16 +526,13 @@ class ModelDrafter(Drafter):
     def commit(self, emitted: list[int], accepted: int) -> None:
         if self._copies is not None:
             self._copies.extend(emitted)
-        if self._copied:  # without the model, which has it all before it
-            self._pending.extend(emitted[:-1])
-            if self._keep:
-                self._behind.extend(emitted[:-1])
-            return
         # Drafting ran the model on every draft but the last: a fully accepted draft leaves it over.
         # Beside its drafts a feature-conditioned model read its own output: those entries go.
         usable = 0 if self.taps else accepted
         known = min(self._base + usable, self.cache.length)
-        self._pending = emitted[known - self._base : -1]
+        # A draft that was copied ran nothing: what was pending still is.
+        untaken = [*self._pending, *emitted[:-1]]
+        self._pending = untaken[known - self._base + len(self._pending) :]
         if self._keep:
             self._behind.extend(emitted[:-1])
         self.cache.rewind(known)

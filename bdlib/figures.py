@@ -1226,14 +1226,11 @@ def copies(
         for x, context in enumerate(contexts):
             own = _where(rows, regime=regime, context=context)
             for hollow in (False, True):
-                _column(
-                    ax, x, [r["speedup"] for r in own if r["looping"] == hollow], 0.02, x, hollow
-                )
+                gains = [r["speedup"] for r in own if r["looping"] == hollow]
+                _column(ax, x, gains, 0.02, x, hollow)
             logs = [math.log(r["speedup"]) for r in own if not r["looping"]]
             if logs:
-                span = _exp(measure.interval(logs))
-                style = {"color": "black", "capsize": 5, "lw": 2, "marker": "_", "ms": 22}
-                ax.errorbar(x, span.mean, _reach(span), **style)
+                _bar(ax, x, _exp(measure.interval(logs)))
         ax.set_xticks(range(len(contexts)), [_tick("context", c) for c in contexts])
         ax.set_yscale("log")
         ax.set_yticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
@@ -1258,6 +1255,12 @@ def _column(
     spread = [x + gap * (n - len(values) / 2) for n in range(len(values))]
     style = {"color": CYCLE[i], "mfc": "none" if hollow else CYCLE[i], "ms": 6}
     ax.plot(spread, values, MARKERS[i], label=label, **style)
+
+
+def _bar(ax: Axes, x: float, span: Interval) -> None:
+    """A mean and its interval over a column of marks."""
+    style = {"color": "black", "capsize": 5, "lw": 2, "marker": "_", "ms": 22}
+    ax.errorbar(x, span.mean, _reach(span), **style)
 
 
 def against_fixed(
@@ -1354,10 +1357,7 @@ def fixed(
             for x, row in enumerate(rows):
                 _column(ax, x, row["ratios"], 0.02, x, hollow)
         for x, row in enumerate(straight):
-            over = row["over"]
-            ax.errorbar(
-                x, over.mean, _reach(over), color="black", capsize=5, lw=2, marker="_", ms=22
-            )
+            _bar(ax, x, row["over"])
         ax.axhline(1, color="black", ls="--", lw=1)
         ax.set_xticks(range(len(straight)), [f"fixed {row['gamma']}" for row in straight])
         ax.set(xlabel="draft length", title=f"{regime}, n = {len(straight[0]['ratios'])}")

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bdlib import __version__, assets, doctor
+from bdlib.copies import COPIES
 
 if TYPE_CHECKING:
     import torch
@@ -47,8 +48,6 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 DRAFTERS = ("self", "ngram")
-COPIES = "@copies"
-"""After a second model's name: it mixes in what the text repeats (:mod:`bdlib.copies`)."""
 NEAR_TIE = {"float64": 0.0, "float32": 1e-3, "float16": 0.0125, "bfloat16": 0.1}
 """Largest difference of two logits that rounding in a dtype may explain (none in float64)."""
 

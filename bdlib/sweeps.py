@@ -84,7 +84,11 @@ def _temperature(value: Any) -> bool:
 
 AXES = {
     "regime": Axis(..., f"one of {', '.join(REGIMES)}", lambda v: _name(v) and v in REGIMES),
-    "drafter": Axis(..., "self, ngram, a shipped drafter or the folder of one, with @copies or not", _name),
+    "drafter": Axis(
+        ...,
+        f"self, ngram, a shipped drafter or the folder of one, with {measure.COPIES} or not",
+        _name,
+    ),
     "context": Axis(..., "a whole number of at least 2 tokens", _whole(2)),
     "text": Axis(..., "embedded:held-out, or a file or folder of texts", _name),
     "policy": Axis("chunk_topk_recent", "", lambda v: _name(v) and v in _policies()),
