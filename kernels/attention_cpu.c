@@ -10,7 +10,8 @@
    Rows are the queries of the heads that share a KV head: row j of `rows` is query j % queries, which
    sees the entries up to start + j % queries. */
 #include <math.h>
-#include <string.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include "common_cpu.h"
 
@@ -160,6 +161,168 @@ static inline void weights_of_some(const float *score, int n, int held, bf16 *we
     *total = _mm512_reduce_add_ps(sum);
 }
 
+/* ---- With AMX. */
+
+int tiles_used = 0;
+
+/* Scores of the rows q with `blocks` blocks of KEYS packed keys, which are right factors as they lie. */
+static inline void tile_scores(const bf16 *q, int dim, const bf16 *k, int blocks, float *score,
+                               const char *next_k, int k_lines, const char *next_v, int v_lines) {
+    _tile_loadd(4, q, dim * 2);
+    if (dim > DEEP) _tile_loadd(5, q + DEEP, dim * 2);
+    for (int b = 0; b < blocks; b++, k += KEYS * dim) {
+        next_k = fetch(next_k, k_lines);
+        next_v = fetch(next_v, v_lines);
+        _tile_zero(0);
+        _tile_loadd(6, k, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (dim > DEEP) {
+            _tile_loadd(7, k + KEYS * DEEP, 64);
+            _tile_dpbf16ps(0, 5, 7);
+        }
+        _tile_stored(0, score + b * KEYS, PART * 4);
+    }
+    if (dim <= 2 * DEEP) return;
+    _tile_loadd(4, q + 2 * DEEP, dim * 2);
+    if (dim > 3 * DEEP) _tile_loadd(5, q + 3 * DEEP, dim * 2);
+    k -= blocks * KEYS * dim;
+    for (int b = 0; b < blocks; b++, k += KEYS * dim) {
+        _tile_loadd(0, score + b * KEYS, PART * 4);
+        _tile_loadd(6, k + 2 * KEYS * DEEP, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        if (dim > 3 * DEEP) {
+            _tile_loadd(7, k + 3 * KEYS * DEEP, 64);
+            _tile_dpbf16ps(0, 5, 7);
+        }
+        _tile_stored(0, score + b * KEYS, PART * 4);
+    }
+}
+
+/* Values as right factors: 32 columns of DEEP of them (those from `held` on are nought) to two tiles. Their
+   columns are mixed as values() has them. */
+static inline void pair_up(const bf16 *v, int64_t stride, int held, __m512i *low, __m512i *high) {
+    const __m512i none = _mm512_setzero_si512();
+    for (int i = 0; i < DEEP; i += 2) {
+        __m512i a = i < held ? _mm512_loadu_si512(v + i * stride) : none;
+        __m512i b = i + 1 < held ? _mm512_loadu_si512(v + (i + 1) * stride) : none;
+        low[i / 2] = _mm512_unpacklo_epi16(a, b);
+        high[i / 2] = _mm512_unpackhi_epi16(a, b);
+    }
+}
+
+/* Tile `a` and tile `b` of sums, of `height` rows, to 32 columns of out. */
+#define UNMIX(a, b, out)                                                                           \
+    _tile_stored(a, sum[0], 64);                                                                   \
+    _tile_stored(b, sum[1], 64);                                                                   \
+    for (int r = 0; r < height; r++) {                                                             \
+        __m512 x = sum[0][r], y = sum[1][r];                                                       \
+        _mm512_storeu_ps((out) + r * dim, _mm512_permutex2var_ps(x, first, y));                    \
+        _mm512_storeu_ps((out) + r * dim + 16, _mm512_permutex2var_ps(x, second, y));              \
+    }
+
+/* Weighted sums of 64 columns of values, or 32. `pair` has room for their tiles, and has them already
+   unless `fresh`; then `lines` of what is next are fetched for every DEEP values. */
+static inline void tile_values(int height, int held, const bf16 *v, int64_t stride, int dim,
+                               int columns, const bf16 *weight, float *out, __m512i *pair, int fresh,
+                               const char *next, int lines) {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second =
+        _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    __m512 sum[2][SIDE];
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int i = 0; i < held; i += DEEP, pair += 4 * SIDE) {
+        if (fresh) {
+            next = fetch(next, lines);
+            pair_up(v + i * stride, stride, held - i, pair, pair + SIDE);
+            if (columns > 32)
+                pair_up(v + i * stride + 32, stride, held - i, pair + 2 * SIDE, pair + 3 * SIDE);
+        }
+        _tile_loadd(4, weight + i, PART * 2);
+        _tile_loadd(6, pair, 64);
+        _tile_dpbf16ps(0, 4, 6);
+        _tile_loadd(7, pair + SIDE, 64);
+        _tile_dpbf16ps(1, 4, 7);
+        if (columns > 32) {
+            _tile_loadd(6, pair + 2 * SIDE, 64);
+            _tile_dpbf16ps(2, 4, 6);
+            _tile_loadd(7, pair + 3 * SIDE, 64);
+            _tile_dpbf16ps(3, 4, 7);
+        }
+    }
+    UNMIX(0, 1, out)
+    if (columns > 32) {
+        UNMIX(2, 3, out + 32)
+    }
+}
+
+/* As part(), below. Rows are cut into equally high tiles, the last of which may reach back over rows of
+   the one before it: those come out twice, alike. */
+static void tile_part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_stride, int64_t v_stride,
+                      int rows, int queries, int dim, int64_t start, int64_t packed, int64_t from,
+                      const bf16 *next_k, const bf16 *next_v, float *most, float *total, float *out) {
+    int64_t entries = start + queries - from;
+    int held = (int)(entries < PART ? entries : PART), pairs = dim / 2;
+    int tiles = tiles_of(rows), height = side_of(rows);
+    int blocks = (held + KEYS - 1) / KEYS, count = (held + DEEP - 1) / DEEP * DEEP;
+    _Alignas(64) float score[MOST_ROWS * PART];
+    _Alignas(64) bf16 weight[MOST_ROWS * PART];
+    __m512i pair[PART / KEYS * MOST_DIM / 2];
+
+    /* An even pace again: three quarters of the next keys go with the values of this part, the others
+       and what of the next values does not go with its weights go with its scores. */
+    int lines = PART * dim / 32, groups = (dim + 63) / 64, in_weights = smaller(rows * PART / 16, lines);
+    int k_lines = lines * KEYS / PART / 4, v_lines = (lines - in_weights) * KEYS / PART;
+    int lines_of_group = (lines - k_lines * PART / KEYS) / groups;
+    const char *fetch_k = (const char *)next_k, *fetch_v = (const char *)next_v;
+    const bf16 *keys = k;
+    int64_t known = packed - from;
+    if (known < held) { /* packed, as far as they are not */
+        bf16 last[KEYS * MOST_DIM];
+        keys = (const bf16 *)pair;
+        for (int b = 0; b < blocks; b++) {
+            const bf16 *at = k + b * KEYS * k_stride;
+            int there = held - b * KEYS;
+            if (b * KEYS < known)
+                memcpy(pair + b * pairs, at, KEYS * dim * sizeof(bf16));
+            else if (there >= KEYS)
+                transpose(at, k_stride, pairs, pair + b * pairs);
+            else { /* what lies beyond is not read */
+                memset(last, 0, sizeof last);
+                for (int j = 0; j < there; j++)
+                    memcpy(last + j * dim, at + j * k_stride, dim * sizeof(bf16));
+                transpose(last, dim, pairs, pair + b * pairs);
+            }
+        }
+    }
+    for (int t = 0; t < tiles; t++) {
+        int begin = smaller(t * height, rows - height);
+        tile_scores(q + begin * dim, dim, keys, blocks, score + begin * PART, fetch_k,
+                    t ? 0 : k_lines, fetch_v, t ? 0 : v_lines);
+    }
+    fetch_k += 64 * k_lines * PART / KEYS, fetch_v += 64 * v_lines * PART / KEYS;
+    int r = 0;
+    if (from + PART <= start + 1)
+        for (; r + AT_ONCE <= rows; r += AT_ONCE) {
+            fetch_v = weights(score + r * PART, weight + r * PART, most + r, total + r, fetch_v);
+            if (fetch_v >= (const char *)next_v + 64 * lines) fetch_v = (const char *)next_v;
+        }
+    for (; r < rows; r++) {
+        int64_t seen = start + r % queries + 1 - from;
+        int n = (int)(seen < 0 ? 0 : seen < held ? seen : held);
+        weights_of_some(score + r * PART, n, count, weight + r * PART, most + r, total + r);
+    }
+    for (int d = 0; d < dim; d += 64, fetch_k += 64 * lines_of_group)
+        for (int t = 0; t < tiles; t++) {
+            int begin = smaller(t * height, rows - height);
+            tile_values(height, held, v + d, v_stride, dim, smaller(dim - d, 64),
+                        weight + begin * PART, out + begin * dim + d, pair, !t, fetch_k,
+                        lines_of_group * DEEP / PART);
+        }
+}
+
 /* One part: for each row its largest score, its sum of weights and its weighted sum of values. next_k
    and next_v: where the next part lies. */
 static void part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_stride, int64_t v_stride,
@@ -229,6 +392,14 @@ int supported(void) {
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
 }
 
+/* Whether there is AMX to be used from now on: 1 if it is wanted, the CPU has it and Linux lets us. */
+int use_tiles(int wanted) {
+    enum { ARCH_REQ_XCOMP_PERM = 0x1023, TILE_DATA = 18 };
+    tiles_used = wanted && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+                 !syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, TILE_DATA);
+    return tiles_used;
+}
+
 /* Where a part lies: parts of a head, heads of a batch, in this order. */
 static inline const bf16 *place(const bf16 *x, const int64_t *stride, int64_t unit, int64_t parts,
                                 int64_t heads) {
@@ -251,15 +422,17 @@ void attend(const bf16 *q, const bf16 *k, const bf16 *v, bf16 *out, float *room,
     float *most = room, *total = most + all * parts * rows, *sums = total + all * parts * rows;
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {
+        if (tiles_used) shape_tiles(side_of(rows), SIDE);
 #pragma omp for schedule(static)
         for (int64_t unit = 0; unit < all * parts; unit++) {
             int64_t next = unit + 1 < all * parts ? unit + 1 : unit;
-            part(q + unit / parts * rows * dim, place(k, stride, unit, parts, heads),
+            (tiles_used ? tile_part : part)(q + unit / parts * rows * dim, place(k, stride, unit, parts, heads),
                  place(v, stride + 3, unit, parts, heads), stride[2], stride[5], rows, queries, dim,
                  start, packed, unit % parts * PART, place(k, stride, next, parts, heads),
                  place(v, stride + 3, next, parts, heads), most + unit * rows, total + unit * rows,
                  sums + unit * rows * dim);
         }
+        if (tiles_used) _tile_release();
 #pragma omp for schedule(static)
         for (int64_t row = 0; row < all * rows; row++) {
             int64_t head = row / rows, r = row % rows, at = head * parts * rows + r;

@@ -1,6 +1,7 @@
-/* What both C files need, on CPUs with AVX512-BF16. */
+/* What both C files need, on CPUs with AVX512-BF16 and, if they have it, AMX. */
 #include <immintrin.h>
 #include <stdint.h>
+#include <string.h>
 
 typedef uint16_t bf16;
 
@@ -19,4 +20,28 @@ static inline __m512 power(__m512 x) {
 
 static inline void narrow16(bf16 *to, __m512 x) {
     _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh(x));
+}
+
+/* ---- AMX: products of whole tiles. A left factor has SIDE rows at most of DEEP numbers, a right factor
+   DEEP / 2 rows of pairs of numbers of SIDE columns at most. */
+enum { SIDE = 16, DEEP = 32 };
+
+extern int tiles_used; /* whether they are to be used; see use_tiles() */
+
+/* Equal tiles for `rows`: how many, and how high. */
+static inline int tiles_of(int rows) { return (rows + SIDE - 1) / SIDE; }
+static inline int side_of(int rows) { return (rows + tiles_of(rows) - 1) / tiles_of(rows); }
+
+/* Tiles 0 to 3 are sums, 4 and 5 left factors, 6 and 7 right factors, for sums of `rows` by `columns`. */
+static inline void shape_tiles(int rows, int columns) {
+    struct {
+        uint8_t palette, start_row, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } shape = {.palette = 1};
+    for (int i = 0; i < 8; i++) {
+        shape.rows[i] = i < 6 ? rows : SIDE;
+        shape.bytes[i] = i == 4 || i == 5 ? 2 * DEEP : 4 * columns;
+    }
+    _tile_loadconfig(&shape);
 }

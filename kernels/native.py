@@ -43,7 +43,10 @@ from torch import Tensor
 
 SOURCES = tuple(Path(__file__).with_name(f"{name}_cpu.c") for name in ("attention", "layer"))
 HEADER = Path(__file__).with_name("common_cpu.h")
-EXTENSIONS = ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma")
+EXTENSIONS = (
+    *("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "fma"),
+    *("amx-tile", "amx-bf16"),
+)
 FLAGS = ("-O3", "-fPIC", "-fopenmp", *(f"-m{extension}" for extension in EXTENSIONS))
 MOST_ROWS = 128  # as in the C file: queries times the heads that share a KV head
 BLOCK = 16  # as in the C file: keys that are packed together
@@ -225,7 +228,7 @@ def normed_product(linear: Any, norm: Tensor, x: Tensor, eps: float) -> Tensor:
     batch, n, groups, width = x.shape
     outputs = linear.shape[0]
     out = torch.empty(batch, n, outputs, dtype=torch.float32)
-    room = torch.empty(batch * n * groups * width // 2)
+    room = torch.empty(library().product_room(batch * n, groups * width))
     places = _places(x, norm, linear, out, room)
     shape = batch * n, groups, width, outputs
     library().normed_product(*places, *shape, eps, torch.get_num_threads())
@@ -243,7 +246,7 @@ def before(layer: Any, config: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tens
     *_, heads, dim = cos.shape
     cos, sin = cos.contiguous(), sin.contiguous()
     out = torch.empty(batch, n, heads, dim, dtype=torch.bfloat16)
-    room = torch.empty(batch * n * width // 2)
+    room = torch.empty(library().product_room(batch * n, width))
     places = _places(x, layer.attention_norm, layer.qkv, cos, sin, out, room)
     shape = batch * n, cos.numel() // (heads * dim), width, heads, dim
     library().before(*places, *shape, config.rms_eps, torch.get_num_threads())
@@ -268,6 +271,15 @@ def after(layer: Any, config: Any, x: Tensor, attended: Tensor) -> Tensor:
         x.data_ptr(), attended.data_ptr(), strides, *places, *shape, config.rms_eps, threads
     )
     return out
+
+
+def use_tiles(wanted: bool) -> bool:
+    """Compute with AMX from now on, or without; whether it is so (without AMX it is not).
+
+    For measurements and tests. A row comes out alike in every call of one kind, not of both.
+    """
+    found = library()
+    return found is not None and bool(found.use_tiles(wanted))
 
 
 def state() -> str:
@@ -306,13 +318,15 @@ def _library() -> tuple[ctypes.CDLL | None, str]:
     found.extend.restype, found.extend.argtypes = None, [pointer] * 7 + sizes + [pointer, whole]
     found.pack.restype, found.pack.argtypes = None, [pointer, *[long] * 4, whole, whole]
     found.unpack.restype, found.unpack.argtypes = None, [*[pointer] * 2, *[long] * 3, whole, whole]
+    found.product_room.restype, found.product_room.argtypes = long, [whole, long]
     found.layer_room.restype, found.layer_room.argtypes = long, [whole, long, long, long]
     sizes, last = [whole, whole, long, whole, whole], [ctypes.c_float, whole]
     found.before.restype, found.before.argtypes = None, [pointer] * 8 + sizes + last
     found.normed_product.restype = None
     found.normed_product.argtypes = [pointer] * 6 + [whole, whole, long, long] + last
     found.after.restype, found.after.argtypes = None, [pointer] * 12 + [*sizes, long] + last
-    return found, "on"
+    tiles = found.use_tiles(os.environ.get("BDLIB_NATIVE") != "avx512")
+    return found, "on, with AMX" if tiles else "on"
 
 
 def _load(compiler: str) -> ctypes.CDLL:

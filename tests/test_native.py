@@ -18,6 +18,16 @@ LENGTHS = (1, 7, 63, 100, 256, 257, 1000)
 SHAPES = ((9, 3, 64), (8, 8, 64), (8, 2, 128), (8, 1, 96), (3, 1, 32))  # heads, KV heads, dim
 
 
+@pytest.fixture(autouse=True, params=["AVX512", "AMX"])
+def kind(request):
+    """Every test without AMX, and with it where there is some."""
+    tiles = native.use_tiles(request.param == "AMX")
+    if request.param == "AMX" and not tiles:
+        pytest.skip("no AMX")
+    yield request.param
+    native.use_tiles(True)
+
+
 @pytest.fixture
 def another_library():
     """Lets a test look for the library anew, and puts the usual one back after it."""
@@ -200,9 +210,12 @@ def test_without_a_compiler_or_with_a_failing_one(monkeypatch, another_library, 
 
 @needs_library
 def test_it_is_compiled_once_and_even_where_nothing_can_be_kept(
-    monkeypatch, another_library, tmp_path
+    monkeypatch, another_library, tmp_path, kind
 ):
     import platformdirs
+
+    state = "on, with AMX" if kind == "AMX" else "on"
+    monkeypatch.setenv("BDLIB_NATIVE", {"AMX": "", "AVX512": "avx512"}[kind])
 
     made = []
     compile_it = native._compile
@@ -210,12 +223,12 @@ def test_it_is_compiled_once_and_even_where_nothing_can_be_kept(
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda *a, **k: tmp_path / "cache")
     for _ in range(2):
         native._library.cache_clear()
-        assert native.state() == "on"
+        assert native.state() == state
     assert len(made) == 1
     (tmp_path / "file").touch()
     monkeypatch.setattr(platformdirs, "user_cache_path", lambda *a, **k: tmp_path / "file")
     native._library.cache_clear()
-    assert native.state() == "on"
+    assert native.state() == state
     q, k, v = draw(9, 3, 64, 1, 64)
     assert native.attend(q, k, v, 63).isfinite().all()
 
