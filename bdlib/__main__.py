@@ -427,7 +427,7 @@ def figure(
     name: Annotated[
         str,
         typer.Argument(
-            help="headline, acceptance, transfer, robustness, refresh, controller, contexts, paired, speed."
+            help="headline, acceptance, transfer, robustness, refresh, controller, paired, speed."
         ),
     ],
     out: Annotated[
@@ -446,7 +446,6 @@ def figure(
         "robustness": ("robustness",),
         "refresh": ("refresh",),
         "controller": ("controller", "predicted"),
-        "contexts": ("controller", "predicted"),
         "paired": ("controller", "longer", "copies", "predicted"),
         "speed": ("speed",),
     }
@@ -471,7 +470,7 @@ def figure(
         out = out or folder
         out.mkdir(parents=True, exist_ok=True)
         found = {key: getattr(figures, key)(rows, about)[0] for key in swept.get(name, ())}
-        if name == "controller":
+        if name == "paired":
             contests, of = figures.contests(folder)
             found["fixed"] = figures.fixed(contests, of)[0]
         for key, drawn in (found or figures.acceptance(rows, about)).items():

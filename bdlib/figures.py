@@ -1363,11 +1363,12 @@ def fixed(
         ax.set(xlabel="draft length", title=f"{regime}, n = {len(straight[0]['ratios'])}")
     axes[0, 0].set(ylabel="speed with controller over fixed")
     here, of = about["runs"], about["settings"]
+    who = next(iter(contests.values()))[0]["method"].partition(":")[0]
     commits = ", ".join(dict.fromkeys(run["commit"][:7] for run in here))
     caption(
         fig,
-        f"Main drafter, context {of['context']:,}, budget {of['budget']}, all choices in turns on each"
-        f" prompt; bars: means and 95 % intervals,\nhollow: an output loops."
+        f"{who}, context {of['context']:,}, budget {of['budget']}, all choices in turns on each prompt;\n"
+        f"bars: means and 95 % intervals, hollow: an output loops."
         f" SmolLM2-135M, {here[0]['threads']} threads, seed {of['seed']}, commit {commits}.",
     )
     return fig, axes[0]

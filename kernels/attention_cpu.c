@@ -1,4 +1,4 @@
-/* Attention of a few queries over a long cache, on CPUs with AVX512-BF16.
+/* Attention of a few queries over a long cache, on CPUs with AVX512-BF16, and faster with AMX.
 
    Every KV head's keys are cut into parts of PART entries, at the same places whatever the length. A
    part's scores, their largest, the weights exp(score - largest) and their sum with the values are
@@ -76,6 +76,15 @@ static inline void scores(int n, int pairs, const __m512i *k, const int32_t *q, 
     switch (n) { EACH(SCORES) }
 }
 
+/* Sums of 32 columns: unpacking two rows of values left numbers of 4, 4, ... columns to each of two. */
+static inline void unmix(__m512 low, __m512 high, float *out) {
+    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+    const __m512i second =
+        _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
+    _mm512_storeu_ps(out, _mm512_permutex2var_ps(low, first, high));
+    _mm512_storeu_ps(out + 16, _mm512_permutex2var_ps(low, second, high));
+}
+
 /* Weighted sums for n rows of 32 columns of `count` values (even; those from `held` on are nought). */
 #define VALUES(n)                                                                                  \
     case n: {                                                                                      \
@@ -96,18 +105,12 @@ static inline void scores(int n, int pairs, const __m512i *k, const int32_t *q, 
                 high[r] = _mm512_dpbf16_ps(high[r], h, w);                                         \
             }                                                                                      \
         }                                                                                          \
-        for (int r = 0; r < n; r++) {                                                              \
-            _mm512_storeu_ps(out + r * dim, _mm512_permutex2var_ps(low[r], first, high[r]));       \
-            _mm512_storeu_ps(out + r * dim + 16, _mm512_permutex2var_ps(low[r], second, high[r])); \
-        }                                                                                          \
+        for (int r = 0; r < n; r++) unmix(low[r], high[r], out + r * dim);                         \
         break;                                                                                     \
     }
 
 static inline void values(int n, int count, int held, const bf16 *v, int64_t stride, int dim,
                           const bf16 *weight, float *out, const char *next) {
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second =
-        _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
     switch (n) { EACH(VALUES) }
 }
 
@@ -214,20 +217,13 @@ static inline void pair_up(const bf16 *v, int64_t stride, int held, __m512i *low
 #define UNMIX(a, b, out)                                                                           \
     _tile_stored(a, sum[0], 64);                                                                   \
     _tile_stored(b, sum[1], 64);                                                                   \
-    for (int r = 0; r < height; r++) {                                                             \
-        __m512 x = sum[0][r], y = sum[1][r];                                                       \
-        _mm512_storeu_ps((out) + r * dim, _mm512_permutex2var_ps(x, first, y));                    \
-        _mm512_storeu_ps((out) + r * dim + 16, _mm512_permutex2var_ps(x, second, y));              \
-    }
+    for (int r = 0; r < height; r++) unmix(sum[0][r], sum[1][r], (out) + r * dim);
 
 /* Weighted sums of 64 columns of values, or 32. `pair` has room for their tiles, and has them already
    unless `fresh`; then `lines` of what is next are fetched for every DEEP values. */
 static inline void tile_values(int height, int held, const bf16 *v, int64_t stride, int dim,
                                int columns, const bf16 *weight, float *out, __m512i *pair, int fresh,
                                const char *next, int lines) {
-    const __m512i first = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
-    const __m512i second =
-        _mm512_setr_epi32(8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15, 28, 29, 30, 31);
     __m512 sum[2][SIDE];
     _tile_zero(0);
     _tile_zero(1);

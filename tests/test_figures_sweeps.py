@@ -168,9 +168,8 @@ def test_archive_is_drawn(name):
         ("transfer", {"transfer"}),
         ("robustness", {"robustness"}),
         ("refresh", {"refresh"}),
-        ("controller", {"controller", "predicted", "fixed"}),
-        ("contexts", {"controller", "predicted"}),
-        ("paired", {"controller", "longer", "copies", "predicted"}),
+        ("controller", {"controller", "predicted"}),
+        ("paired", {"controller", "longer", "copies", "predicted", "fixed"}),
         ("speed", {"speed"}),
     ],
 )

@@ -240,7 +240,6 @@ def test_the_shipped_grids_are_well_formed(repository):
         "quick",
         "acceptance",
         "acceptance_first",
-        "contexts",
         "controller",
         "long",
         "paired",
