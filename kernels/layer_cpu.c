@@ -5,12 +5,17 @@
    take to arrive, if nothing else is in the way. Here nothing is: one parallel region a half, no
    intermediate result leaves the caches, and weights are read in the order in which they lie.
 
-   Every output of a product is one sum over its weights in one order, whatever rows are beside it and
+   Every output of a product is summed over its weights in one order, whatever rows are beside it and
    whoever computes it: a verified row is bit for bit the row of a plain step. Results are rounded to
    bfloat16 where a product in PyTorch would round them; the residual stream is float32.
 
    A drafter's matrices lie in 8 bits where they were stored so: whole numbers from -127 to 127, which
-   bfloat16 holds exactly, and a scale for each output. `scale` NULL stands for weights in bfloat16. */
+   bfloat16 holds exactly, and a scale for each output. `scale` NULL stands for weights in bfloat16.
+
+   With AMX, GROUP rows of weights are a left factor as they lie, and inputs are kept in pairs, as right
+   factors: sixteen rows of them take about the time of one. Its sums have another order than those of
+   AVX512, the same in every call. Matrices in 8 bits are left to AVX512: a drafter computes one row at a
+   time. */
 #include <math.h>
 #include <omp.h>
 
