@@ -41,6 +41,20 @@ static inline void transpose(const bf16 *k, int64_t stride, int pairs, __m512i *
     }
 }
 
+/* KEYS keys, of which `there` are read, as pairs: where they lie if they are packed, else in `room`. */
+static inline const __m512i *pairs_of(const bf16 *k, int64_t stride, int there, int packed, int dim,
+                                      __m512i *room) {
+    bf16 last[KEYS * MOST_DIM];
+    if (packed) return (const __m512i *)k;
+    if (there < KEYS) {
+        memset(last, 0, sizeof last);
+        for (int j = 0; j < there; j++) memcpy(last + j * dim, k + j * stride, dim * sizeof(bf16));
+        k = last, stride = dim;
+    }
+    transpose(k, stride, dim / 2, room);
+    return room;
+}
+
 /* The part that is computed next is fetched meanwhile, a line here and there at an even pace: memory is
    never idle, and never asked for more than it gives. Entries of a head are taken to lie one after the
    other. */
@@ -164,6 +178,24 @@ static inline void weights_of_some(const float *score, int n, int held, bf16 *we
     *total = _mm512_reduce_add_ps(sum);
 }
 
+/* Weights of all rows of a part, nought from what a row sees on to a multiple of DEEP. Of the `lines` of
+   the values next_v those from `next` on are fetched meanwhile, then all again. */
+static inline void weights_of_part(const float *score, int rows, int queries, int64_t start, int64_t from,
+                                   int held, bf16 *weight, float *most, float *total, const bf16 *next_v,
+                                   const char *next, int lines) {
+    int r = 0, count = (held + DEEP - 1) / DEEP * DEEP;
+    if (from + PART <= start + 1)
+        for (; r + AT_ONCE <= rows; r += AT_ONCE) {
+            next = weights(score + r * PART, weight + r * PART, most + r, total + r, next);
+            if (next >= (const char *)next_v + 64 * lines) next = (const char *)next_v;
+        }
+    for (; r < rows; r++) {
+        int64_t seen = start + r % queries + 1 - from;
+        int n = (int)(seen < 0 ? 0 : seen < held ? seen : held);
+        weights_of_some(score + r * PART, n, count, weight + r * PART, most + r, total + r);
+    }
+}
+
 /* ---- With AMX. */
 
 int tiles_used = 0;
@@ -171,33 +203,26 @@ int tiles_used = 0;
 /* Scores of the rows q with `blocks` blocks of KEYS packed keys, which are right factors as they lie. */
 static inline void tile_scores(const bf16 *q, int dim, const bf16 *k, int blocks, float *score,
                                const char *next_k, int k_lines, const char *next_v, int v_lines) {
-    _tile_loadd(4, q, dim * 2);
-    if (dim > DEEP) _tile_loadd(5, q + DEEP, dim * 2);
-    for (int b = 0; b < blocks; b++, k += KEYS * dim) {
-        next_k = fetch(next_k, k_lines);
-        next_v = fetch(next_v, v_lines);
-        _tile_zero(0);
-        _tile_loadd(6, k, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if (dim > DEEP) {
-            _tile_loadd(7, k + KEYS * DEEP, 64);
-            _tile_dpbf16ps(0, 5, 7);
+    for (int d = 0; d < dim; d += 2 * DEEP) { /* two left factors at a time */
+        int both = d + DEEP < dim;
+        _tile_loadd(4, q + d, dim * 2);
+        if (both) _tile_loadd(5, q + d + DEEP, dim * 2);
+        for (int b = 0; b < blocks; b++) {
+            const bf16 *at = k + b * KEYS * dim + d * KEYS;
+            if (!d) {
+                next_k = fetch(next_k, k_lines);
+                next_v = fetch(next_v, v_lines);
+                _tile_zero(0);
+            } else
+                _tile_loadd(0, score + b * KEYS, PART * 4);
+            _tile_loadd(6, at, 64);
+            _tile_dpbf16ps(0, 4, 6);
+            if (both) {
+                _tile_loadd(7, at + KEYS * DEEP, 64);
+                _tile_dpbf16ps(0, 5, 7);
+            }
+            _tile_stored(0, score + b * KEYS, PART * 4);
         }
-        _tile_stored(0, score + b * KEYS, PART * 4);
-    }
-    if (dim <= 2 * DEEP) return;
-    _tile_loadd(4, q + 2 * DEEP, dim * 2);
-    if (dim > 3 * DEEP) _tile_loadd(5, q + 3 * DEEP, dim * 2);
-    k -= blocks * KEYS * dim;
-    for (int b = 0; b < blocks; b++, k += KEYS * dim) {
-        _tile_loadd(0, score + b * KEYS, PART * 4);
-        _tile_loadd(6, k + 2 * KEYS * DEEP, 64);
-        _tile_dpbf16ps(0, 4, 6);
-        if (dim > 3 * DEEP) {
-            _tile_loadd(7, k + 3 * KEYS * DEEP, 64);
-            _tile_dpbf16ps(0, 5, 7);
-        }
-        _tile_stored(0, score + b * KEYS, PART * 4);
     }
 }
 
@@ -262,7 +287,7 @@ static void tile_part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_str
     int64_t entries = start + queries - from;
     int held = (int)(entries < PART ? entries : PART), pairs = dim / 2;
     int tiles = tiles_of(rows), height = side_of(rows);
-    int blocks = (held + KEYS - 1) / KEYS, count = (held + DEEP - 1) / DEEP * DEEP;
+    int blocks = (held + KEYS - 1) / KEYS;
     _Alignas(64) float score[MOST_ROWS * PART];
     _Alignas(64) bf16 weight[MOST_ROWS * PART];
     __m512i pair[PART / KEYS * MOST_DIM / 2];
@@ -276,21 +301,12 @@ static void tile_part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_str
     const bf16 *keys = k;
     int64_t known = packed - from;
     if (known < held) { /* packed, as far as they are not */
-        bf16 last[KEYS * MOST_DIM];
         keys = (const bf16 *)pair;
         for (int b = 0; b < blocks; b++) {
-            const bf16 *at = k + b * KEYS * k_stride;
-            int there = held - b * KEYS;
-            if (b * KEYS < known)
-                memcpy(pair + b * pairs, at, KEYS * dim * sizeof(bf16));
-            else if (there >= KEYS)
-                transpose(at, k_stride, pairs, pair + b * pairs);
-            else { /* what lies beyond is not read */
-                memset(last, 0, sizeof last);
-                for (int j = 0; j < there; j++)
-                    memcpy(last + j * dim, at + j * k_stride, dim * sizeof(bf16));
-                transpose(last, dim, pairs, pair + b * pairs);
-            }
+            __m512i *to = pair + b * pairs;
+            const __m512i *found = pairs_of(k + b * KEYS * k_stride, k_stride, held - b * KEYS,
+                                            b * KEYS < known, dim, to);
+            if (found != to) memcpy(to, found, KEYS * dim * sizeof(bf16));
         }
     }
     for (int t = 0; t < tiles; t++) {
@@ -299,17 +315,7 @@ static void tile_part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_str
                     t ? 0 : k_lines, fetch_v, t ? 0 : v_lines);
     }
     fetch_k += 64 * k_lines * PART / KEYS, fetch_v += 64 * v_lines * PART / KEYS;
-    int r = 0;
-    if (from + PART <= start + 1)
-        for (; r + AT_ONCE <= rows; r += AT_ONCE) {
-            fetch_v = weights(score + r * PART, weight + r * PART, most + r, total + r, fetch_v);
-            if (fetch_v >= (const char *)next_v + 64 * lines) fetch_v = (const char *)next_v;
-        }
-    for (; r < rows; r++) {
-        int64_t seen = start + r % queries + 1 - from;
-        int n = (int)(seen < 0 ? 0 : seen < held ? seen : held);
-        weights_of_some(score + r * PART, n, count, weight + r * PART, most + r, total + r);
-    }
+    weights_of_part(score, rows, queries, start, from, held, weight, most, total, next_v, fetch_v, lines);
     for (int d = 0; d < dim; d += 64, fetch_k += 64 * lines_of_group)
         for (int t = 0; t < tiles; t++) {
             int begin = smaller(t * height, rows - height);
@@ -327,7 +333,7 @@ static void part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_stride, 
     int64_t entries = start + queries - from; /* seen by the last query */
     int held = (int)(entries < PART ? entries : PART), pairs = dim / 2, tiles = (rows + TILE - 1) / TILE;
     float score[MOST_ROWS * PART];
-    bf16 weight[MOST_ROWS * PART], last[KEYS * MOST_DIM];
+    bf16 weight[MOST_ROWS * PART];
     __m512i transposed[MOST_DIM / 2];
     int begin[MOST_ROWS / TILE + 2];
     for (int t = 0; t <= tiles; t++) begin[t] = t * rows / tiles;
@@ -343,36 +349,15 @@ static void part(const bf16 *q, const bf16 *k, const bf16 *v, int64_t k_stride, 
     int others = (lines - in_weights + blocks - 1) / blocks;
 
     for (int i = 0; i < held; i += KEYS) {
-        const bf16 *keys = k + i * k_stride;
-        const __m512i *pair = transposed;
-        int64_t stride = k_stride;
-        if (i + KEYS > held) { /* what lies beyond is not read */
-            memset(last, 0, sizeof last);
-            for (int j = 0; i + j < held; j++)
-                memcpy(last + j * dim, keys + j * k_stride, dim * sizeof(bf16));
-            keys = last, stride = dim;
-        }
-        if (from + i < packed)
-            pair = (const __m512i *)keys;
-        else
-            transpose(keys, stride, pairs, transposed);
+        const __m512i *pair = pairs_of(k + i * k_stride, k_stride, held - i, from + i < packed, dim,
+                                       transposed);
         rest_k = fetch(rest_k, rest);
         rest_v = fetch(rest_v, others);
         for (int t = 0; t < tiles; t++)
             scores(begin[t + 1] - begin[t], pairs, pair, (const int32_t *)q + begin[t] * pairs,
                    score + begin[t] * PART + i);
     }
-    int r = 0;
-    if (from + PART <= start + 1)
-        for (; r + AT_ONCE <= rows; r += AT_ONCE) {
-            fetch_v = weights(score + r * PART, weight + r * PART, most + r, total + r, fetch_v);
-            if (fetch_v >= (const char *)next_v + 64 * lines) fetch_v = (const char *)next_v;
-        }
-    for (; r < rows; r++) {
-        int64_t seen = start + r % queries + 1 - from;
-        int n = (int)(seen < 0 ? 0 : seen < held ? seen : held);
-        weights_of_some(score + r * PART, n, held, weight + r * PART, most + r, total + r);
-    }
+    weights_of_part(score, rows, queries, start, from, held, weight, most, total, next_v, fetch_v, lines);
     for (int d = 0; d < dim; d += 32)
         for (int t = 0; t < tiles; t++) {
             values(begin[t + 1] - begin[t], held + (held & 1), held, v + d, v_stride, dim,
